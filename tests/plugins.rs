@@ -13,4 +13,5 @@ mod languages;
 mod missing_plugins;
 mod reload;
 mod rollout;
+mod rollout_faults;
 mod shadow;

@@ -55,7 +55,10 @@ pub use partition::{
 };
 pub use peers::{Advertised, MAX_PEERS, NodeAddress, Peer, REGISTERED_FOR};
 pub use retention::Retention;
-pub use rollouts::{MAX_REPORT_BYTES, PluginVersion, REPORTED_FOR, Rollout, StoredReport};
+pub use rollouts::{
+    MAX_REPORT_BYTES, MAX_REPORTS, MAX_ROLLOUT_BYTES, PluginVersion, REPORTED_FOR, Rollout,
+    StoredReport, WantedVersions,
+};
 pub use user::{CursorOwner, GroupLimit, RecipientChange, RecipientLimits, StoredCursor};
 
 /// Why a broker request failed.
@@ -295,16 +298,19 @@ pub trait Operations: Partitions {
 /// Roll-outs of plugins, for all nodes.
 #[async_trait]
 pub trait Rollouts: Partitions {
-    /// The roll-outs, by plugin. Others than those of this version are left out.
-    async fn rollouts(&self) -> Result<BTreeMap<String, Rollout>>;
+    /// The roll-outs of these plugins. Reads nothing else, so that other writers cannot make the
+    /// answer large.
+    async fn rollouts(&self, plugins: &[Name]) -> Result<WantedVersions>;
 
-    /// Writes the roll-out of a plugin, or removes it.
-    async fn set_rollout(&self, plugin: &Name, rollout: Option<&Rollout>) -> Result<()>;
+    /// Writes the roll-out of a plugin, or removes it. Returns the revision of the write.
+    async fn set_rollout(&self, plugin: &Name, rollout: Option<&Rollout>) -> Result<u64>;
 
     /// Publishes the report of a node, JSON of at most [`MAX_REPORT_BYTES`], for [`REPORTED_FOR`].
-    async fn report_node(&self, node: &str, report: Bytes) -> Result<()>;
+    /// Returns whether the node is registered ([`Operations::register_node`]), and so among those
+    /// that [`Rollouts::node_reports`] lists.
+    async fn report_node(&self, node: &str, report: Bytes) -> Result<bool>;
 
-    /// The present reports of all nodes, by name.
+    /// The live nodes by name, at most [`MAX_REPORTS`], with their reports.
     async fn node_reports(&self) -> Result<Vec<StoredReport>>;
 }
 

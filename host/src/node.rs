@@ -196,9 +196,7 @@ impl Node {
         };
         // Before ingest begins, so that partitions of a roll-out are decided by its version after a
         // restart as well.
-        fleet.begin_following().await;
-        self.shutdown
-            .spawn("the roll-out monitor", fleet.run(self.shutdown.clone()));
+        fleet.start(&self.readiness, &self.shutdown);
         Ok(Started {
             broker,
             pipeline,

@@ -18,6 +18,7 @@ mod outages;
 mod peers;
 mod retries;
 mod rights;
+mod rollouts;
 mod set_up;
 
 /// A Redis server of its own, with some partitions.

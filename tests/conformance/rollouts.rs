@@ -1,12 +1,10 @@
 //! Roll-outs of plugins and the reports of nodes.
 
-use std::collections::BTreeMap;
-
-use pointsman::broker::{PluginVersion, Rollout};
+use pointsman::broker::{Advertised, PluginVersion, Rollout, WantedVersions};
 
 use super::*;
 
-fn rollout(percent: u32) -> Rollout {
+pub(super) fn rollout(percent: u32) -> Rollout {
     let version = |hash: &str| PluginVersion {
         hash: hash.to_owned(),
         config_hash: "c0".to_owned(),
@@ -25,25 +23,34 @@ fn name(text: &str) -> Name {
 
 pub(super) async fn a_rollout_is_the_last_one_written_on_every_node(bench: Bench) {
     let (one, two) = (bench.open().await, bench.open().await);
-    assert_eq!(two.broker.rollouts().await.unwrap(), BTreeMap::new());
+    let plugins = ["address", "discard", "rules"].map(name);
+    let read = async || two.broker.rollouts(&plugins).await.unwrap();
+    assert_eq!(read().await, WantedVersions::default());
     let set = |plugin: &'static str, percent: Option<u32>| {
         let broker = Arc::clone(&one.broker);
         async move {
             let (plugin, rollout) = (name(plugin), percent.map(rollout));
             let set = broker.set_rollout(&plugin, rollout.as_ref());
-            set.await.expect("a roll-out is written");
+            set.await.expect("a roll-out is written")
         }
     };
-    set("rules", Some(5)).await;
+    let first = set("rules", Some(5)).await;
     set("address", Some(50)).await;
-    set("rules", Some(100)).await;
+    let last = set("rules", Some(100)).await;
     let expected = [("address", 50), ("rules", 100)];
     let expected = expected.map(|(plugin, percent)| (plugin.to_owned(), rollout(percent)));
-    assert_eq!(two.broker.rollouts().await.unwrap(), expected.into());
-    set("rules", None).await;
-    set("rules", None).await;
-    let left = two.broker.rollouts().await.unwrap();
+    let found = read().await;
+    assert_eq!(found.rollouts, expected.into());
+    // Every write has a revision of its own, and the last one is that of all.
+    assert!(first < last, "{first} {last}");
+    assert_eq!(found.revision, last);
+    let removed = set("rules", None).await;
+    assert!(set("rules", None).await > removed && removed > last);
+    let left = read().await.rollouts;
     assert_eq!(left.keys().collect::<Vec<_>>(), ["address"]);
+    // Only what is asked for is read.
+    let none = two.broker.rollouts(&[name("rules")]).await.unwrap();
+    assert!(none.rollouts.is_empty(), "{none:?}");
 }
 
 pub(super) async fn a_node_reads_the_last_report_of_every_node(bench: Bench) {
@@ -51,23 +58,22 @@ pub(super) async fn a_node_reads_the_last_report_of_every_node(bench: Bench) {
     let report = |node: &'static str, report: &'static str| {
         let broker = Arc::clone(&one.broker);
         async move {
+            let at = Advertised::Address("127.0.0.1:1".parse().expect("an address"));
+            broker.register_node(node, &at).await.expect("registered");
             let report = broker.report_node(node, report.into());
-            report.await.expect("a report is written");
+            assert!(report.await.expect("a report is written"), "it is live");
         }
     };
     report("b", "{}").await;
     report("a", "{\"x\": \" 1 \"}").await;
     report("b", "[1, 2]").await;
-    let now_ms = one.broker.now_ms();
     let reports = two.broker.node_reports().await.unwrap();
-    let texts: Vec<(&str, &[u8])> = reports
+    let texts: Vec<(&str, Option<&[u8]>)> = reports
         .iter()
-        .map(|stored| (stored.node.as_str(), &stored.report[..]))
+        .map(|stored| (stored.node.as_str(), stored.report.as_deref()))
         .collect();
-    assert_eq!(texts, [("a", &b"{\"x\": \" 1 \"}"[..]), ("b", b"[1, 2]")]);
-    for stored in &reports {
-        assert!(stored.at_ms.abs_diff(now_ms) < 60_000, "{stored:?}");
-    }
+    let expected = [("a", &b"{\"x\": \" 1 \"}"[..]), ("b", b"[1, 2]")];
+    assert_eq!(texts, expected.map(|(node, report)| (node, Some(report))));
 }
 
 pub(super) async fn rollouts_survive_the_process(bench: Bench) {
@@ -77,6 +83,6 @@ pub(super) async fn rollouts_survive_the_process(bench: Bench) {
     set.await.unwrap();
     drop(node);
     let node = bench.reopen().await;
-    let found = node.broker.rollouts().await.unwrap();
-    assert_eq!(found, [("rules".to_owned(), rollout(5))].into());
+    let found = node.broker.rollouts(&[plugin]).await.unwrap();
+    assert_eq!(found.rollouts, [("rules".to_owned(), rollout(5))].into());
 }

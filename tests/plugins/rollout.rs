@@ -14,7 +14,7 @@ use crate::harness::publish::event;
 use crate::harness::redis::RedisServer;
 
 /// The active rules. The deadline is long, so that a busy machine does not fail the test.
-const OLD: &str = "# who is told of incidents
+pub(super) const OLD: &str = "# who is told of incidents
 [plugins.rules]
 deadline = '1s'
 [[plugins.rules.config.rules]]
@@ -23,7 +23,7 @@ to.group = 'region-eu'
 ";
 
 /// Sends incidents of Dublin elsewhere.
-const NEW: &str = "# who is told of incidents
+pub(super) const NEW: &str = "# who is told of incidents
 [plugins.rules]
 deadline = '1s'
 [[plugins.rules.config.rules]]
@@ -54,14 +54,14 @@ fn turned() -> Vec<String> {
 }
 
 /// A folder with `rules` as its one plugin.
-fn folder() -> Folder {
+pub(super) fn folder() -> Folder {
     let folder = Folder::new();
     fs::write(folder.path().join("rules.wasm"), core_module("rules")).expect("write a plugin");
     folder
 }
 
 /// A file with this configuration.
-fn file(folder: &Folder, name: &str, toml: &str) -> PathBuf {
+pub(super) fn file(folder: &Folder, name: &str, toml: &str) -> PathBuf {
     let path = folder.path().join(name);
     fs::write(&path, toml).expect("write a configuration");
     path
@@ -72,13 +72,13 @@ fn start(builder: Builder, plugins: &Folder) -> Node {
 }
 
 /// The output of `pointsman plugin ARGUMENTS`, which succeeds.
-fn plugin(node: &Node, arguments: &[&str]) -> String {
+pub(super) fn plugin(node: &Node, arguments: &[&str]) -> String {
     let (is_well, said) = try_plugin(node, arguments);
     assert!(is_well, "{arguments:?}: {said}");
     said
 }
 
-fn try_plugin(node: &Node, arguments: &[&str]) -> (bool, String) {
+pub(super) fn try_plugin(node: &Node, arguments: &[&str]) -> (bool, String) {
     command::said(
         command::pointsman(&["plugin"])
             .args(arguments)
@@ -231,29 +231,38 @@ fn a_configuration_that_the_plugin_or_the_node_rejects_is_refused_with_the_fix()
 }
 
 /// The sources of the fleet, and with them its partitions.
-const SOURCES: [&str; 2] = ["pointsman:one", "pointsman:two"];
+pub(super) const SOURCES: [&str; 2] = ["pointsman:one", "pointsman:two"];
+
+/// The configuration of each node.
+pub(super) fn configuration() -> String {
+    let [one, two] = SOURCES;
+    format!("[broker]\nsources = ['{one}', '{two}']\n{OLD}")
+}
 
 /// Two nodes on one Redis, with one plugin folder.
-struct Fleet {
+pub(super) struct Fleet {
     // Dropped first: a node that stops needs its Redis and its plugins.
-    nodes: [Node; 2],
-    server: RedisServer,
+    pub(super) nodes: [Node; 2],
+    pub(super) server: RedisServer,
     _plugins: Folder,
 }
 
 impl Fleet {
-    fn start() -> Self {
-        let (server, plugins) = (RedisServer::start(), folder());
-        let [one, two] = SOURCES;
-        let config = format!("[broker]\nsources = ['{one}', '{two}']\n{OLD}");
-        let node = || {
-            Node::builder()
+    pub(super) fn start() -> Self {
+        Self::of(folder(), |node, _| node)
+    }
+
+    /// `change` gets the number of the node, 0 or 1.
+    pub(super) fn of(plugins: Folder, change: impl Fn(Builder, usize) -> Builder) -> Self {
+        let server = RedisServer::start();
+        let node = |n| {
+            let node = Node::builder()
                 .redis(server.url())
                 .plugins(plugins.path())
-                .config(&config)
-                .start()
+                .config(&configuration());
+            change(node, n).start()
         };
-        let nodes = [node(), node()];
+        let nodes = [node(0), node(1)];
         for (user, group) in [("ann", "region-us"), ("bob", "region-eu")] {
             let path = format!("/v1/groups/{group}/members/{user}");
             assert_eq!(nodes[0].request("PUT", &path).status, 204);
@@ -266,14 +275,14 @@ impl Fleet {
     }
 
     /// Adds an incident in Dublin to a source.
-    fn incident(&self, source: &str, id: &str) {
+    pub(super) fn incident(&self, source: &str, id: &str) {
         let words = format!("XADD {source} * type incident.open id {id} source /tests site dublin");
         let _entry: String = self.server.command(&words);
     }
 
     /// Asserts that an incident in each source reaches ann, who is told by the new rules, or else
     /// bob.
-    fn assert_decided(&self, round: &str, by_new: [bool; 2]) {
+    pub(super) fn assert_decided(&self, round: &str, by_new: [bool; 2]) {
         let mut streams = ["ann", "bob"].map(|user| self.nodes[0].stream(user));
         for (source, by_new) in SOURCES.into_iter().zip(by_new) {
             let id = format!("{round}-{source}");
@@ -284,7 +293,7 @@ impl Fleet {
     }
 
     /// Gives each node one of the sources.
-    fn share_sources(&self) {
+    pub(super) fn share_sources(&self) {
         for (source, node) in SOURCES.iter().zip(&self.nodes) {
             let name = format!("test-{}", node.addr().port());
             let key = format!("pointsman:{{{source}}}:owner");

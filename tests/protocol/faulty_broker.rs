@@ -13,7 +13,7 @@ use pointsman::broker::{
     Advertised, Batch, Broker, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error,
     Feed, Finding, Follow, Head, Lease, Logs, Notice, Operations, Page, Partition, PartitionState,
     Partitions, Peer, RecipientChange, Result, Rollout, Rollouts, Slice, Sources, StoredCursor,
-    StoredDecision, StoredReport, Users,
+    StoredDecision, StoredReport, Users, WantedVersions,
 };
 use pointsman::event::{
     ChainMembers, EntryId, Name, NotificationId, PartitionNumber, Recipient, Target,
@@ -429,15 +429,15 @@ impl Users for Puppet {
 
 #[async_trait]
 impl Rollouts for Puppet {
-    async fn rollouts(&self) -> Result<BTreeMap<String, Rollout>> {
-        self.broker.rollouts().await
+    async fn rollouts(&self, plugins: &[Name]) -> Result<WantedVersions> {
+        self.broker.rollouts(plugins).await
     }
 
-    async fn set_rollout(&self, plugin: &Name, rollout: Option<&Rollout>) -> Result<()> {
+    async fn set_rollout(&self, plugin: &Name, rollout: Option<&Rollout>) -> Result<u64> {
         self.broker.set_rollout(plugin, rollout).await
     }
 
-    async fn report_node(&self, node: &str, report: Bytes) -> Result<()> {
+    async fn report_node(&self, node: &str, report: Bytes) -> Result<bool> {
         self.broker.report_node(node, report).await
     }
 

@@ -55,7 +55,7 @@ use super::{
     Advertised, Batch, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed,
     Finding, Head, Lease, Logs, Operations, Page, Partition, PartitionState, Partitions, Peer,
     RecipientChange, Result, Retention, Rollout, Rollouts, Severity, Slice, Sources, StoredCursor,
-    StoredDecision, StoredReport, Users,
+    StoredDecision, StoredReport, Users, WantedVersions,
 };
 use crate::event::{
     ChainMembers, EntryId, Name, NotificationId, PartitionNumber, Recipient, Target,
@@ -650,27 +650,29 @@ impl Operations for Embedded {
 
 #[async_trait]
 impl Rollouts for Embedded {
-    async fn rollouts(&self) -> Result<BTreeMap<String, Rollout>> {
-        self.read_snapshot(|transaction, _| rollouts::rollouts(transaction))
+    async fn rollouts(&self, plugins: &[Name]) -> Result<WantedVersions> {
+        let plugins = plugins.to_vec();
+        self.read_snapshot(move |transaction, _| rollouts::rollouts(transaction, &plugins))
             .await
     }
 
-    async fn set_rollout(&self, plugin: &Name, rollout: Option<&Rollout>) -> Result<()> {
-        let (plugin, rollout) = (plugin.clone(), rollout.cloned());
+    async fn set_rollout(&self, plugin: &Name, rollout: Option<&Rollout>) -> Result<u64> {
+        let (plugin, rollout, now_ms) = (plugin.clone(), rollout.cloned(), self.now_ms());
         self.writer
-            .write(0, move |work| work.set_rollout(&plugin, rollout.as_ref()))
+            .write(0, move |work| {
+                work.set_rollout(&plugin, rollout.as_ref(), now_ms)
+            })
             .await
     }
 
-    async fn report_node(&self, node: &str, report: Bytes) -> Result<()> {
-        let (node, at_ms) = (node.to_owned(), self.now_ms());
+    async fn report_node(&self, node: &str, report: Bytes) -> Result<bool> {
+        let node = node.to_owned();
         let report = StoredReport {
             node: node.clone(),
-            at_ms,
-            report,
+            report: Some(report),
         };
         self.reports().insert(node, report);
-        Ok(())
+        Ok(true)
     }
 
     async fn node_reports(&self) -> Result<Vec<StoredReport>> {

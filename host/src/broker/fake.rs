@@ -12,7 +12,7 @@ use crate::broker::{
     Advertised, Batch, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed,
     Finding, Head, Lease, Logs, Operations, Page, Partition, PartitionState, Partitions, Peer,
     RecipientChange, Result, Rollout, Rollouts, Slice, Sources, StoredCursor, StoredDecision,
-    StoredReport, Users,
+    StoredReport, Users, WantedVersions,
 };
 use crate::event::{
     ChainMembers, DeadReason, EntryId, Name, NotificationId, PartitionNumber, Recipient, Span,
@@ -283,16 +283,16 @@ impl Users for FakeBroker {
 
 #[async_trait]
 impl Rollouts for FakeBroker {
-    async fn rollouts(&self) -> Result<BTreeMap<String, Rollout>> {
-        Ok(BTreeMap::new())
+    async fn rollouts(&self, _: &[Name]) -> Result<WantedVersions> {
+        Ok(WantedVersions::default())
     }
 
-    async fn set_rollout(&self, _: &Name, _: Option<&Rollout>) -> Result<()> {
+    async fn set_rollout(&self, _: &Name, _: Option<&Rollout>) -> Result<u64> {
         unused()
     }
 
-    async fn report_node(&self, _: &str, _: Bytes) -> Result<()> {
-        Ok(())
+    async fn report_node(&self, _: &str, _: Bytes) -> Result<bool> {
+        Ok(true)
     }
 
     async fn node_reports(&self) -> Result<Vec<StoredReport>> {

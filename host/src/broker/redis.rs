@@ -26,8 +26,8 @@
 //! | `T` `owner` | string | The lease: the name of the node |
 //! | `P:partitions` | hash | source -> partition number; entries are only ever added |
 //! | `P:nodes` | hash | The nodes: name -> `ms address`, the time of the last registration and the address of the public listener. An entry counts for 10 s |
-//! | `P:rollouts` | hash | The roll-outs: plugin -> [`crate::broker::Rollout`] as JSON |
-//! | `P:reports` | hash | The reports of nodes: name -> `ms report`, the time by the clock of Redis and JSON. An entry counts for 10 s |
+//! | `P:rollouts` | hash | The roll-outs: plugin -> [`crate::broker::Rollout`] as JSON; the empty name -> the revision, which grows with every write |
+//! | `P:report:<node>` | string | The report of a node as JSON. Expires after 10 s |
 //! | `P:user:<user>` | hash | `attributes` as JSON; `g:<group>`: `number:joined ...`, after leaving `number:joined-left ... @ms`; `joined` and `left`, the numbers of both; `pruned`, when expired ones were last removed, in ms. Without attributes and current memberships, expires max_age after the last change |
 //! | `P:device-cursors:{P:user:<user>}` | hash | `d:<device>` and `read`: `ms a cursor` if acknowledged, `ms b cursor` if a stream began there; `ms` is the time of the last move. In the slot of the user's other key, unless the name contains braces. Expires with its newest entry |
 //!
@@ -74,6 +74,7 @@ use super::{
     Finding, Head, Item, Lease, Logs, MAX_ENTRY_FIELDS, NewNotification, Operations, Page,
     Partition, PartitionState, Partitions, Peer, Proposal, RecipientChange, Result, Retention,
     Rollout, Rollouts, Slice, Sources, StoredCursor, StoredDecision, StoredReport, Users,
+    WantedVersions,
 };
 use crate::event::{
     ChainMembers, EntryId, Name, NotificationId, Outcome, PartitionNumber, Position, Recipient,
@@ -813,15 +814,15 @@ impl Operations for Redis {
 
 #[async_trait]
 impl Rollouts for Redis {
-    async fn rollouts(&self) -> Result<BTreeMap<String, Rollout>> {
-        rollouts::read(self).await
+    async fn rollouts(&self, plugins: &[Name]) -> Result<WantedVersions> {
+        rollouts::read(self, plugins).await
     }
 
-    async fn set_rollout(&self, plugin: &Name, rollout: Option<&Rollout>) -> Result<()> {
+    async fn set_rollout(&self, plugin: &Name, rollout: Option<&Rollout>) -> Result<u64> {
         rollouts::write(self, plugin, rollout).await
     }
 
-    async fn report_node(&self, node: &str, report: Bytes) -> Result<()> {
+    async fn report_node(&self, node: &str, report: Bytes) -> Result<bool> {
         rollouts::report(self, node, &report).await
     }
 

@@ -4,7 +4,7 @@
 //! The broker holds them for all nodes, so that a node behind a firewall takes part, and a node that
 //! starts later finds them. It also passes on what each node reports.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -17,6 +17,10 @@ use crate::event::PartitionNumber;
 pub const REPORTED_FOR: Duration = Duration::from_secs(10);
 /// The maximum size of the report of a node, in bytes.
 pub const MAX_REPORT_BYTES: usize = 256 * 1024;
+/// The maximum size of a roll-out as JSON, in bytes. Something larger was not written by Pointsman.
+pub const MAX_ROLLOUT_BYTES: usize = 4 * 1024;
+/// The maximum number of nodes whose reports are read.
+pub const MAX_REPORTS: usize = 1_000;
 
 /// A version of a plugin: its file and its configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,14 +45,23 @@ pub struct Rollout {
     pub at_ms: u64,
 }
 
-/// The report of a node.
+/// The roll-outs at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WantedVersions {
+    /// Grows with every write of any roll-out, so that a node can state which write it has followed.
+    pub revision: u64,
+    /// By plugin.
+    pub rollouts: BTreeMap<String, Rollout>,
+    /// The plugins in whose place the broker holds something else, which is ignored.
+    pub foreign: Vec<String>,
+}
+
+/// A live node and its report.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredReport {
     pub node: String,
-    /// By the broker's clock, in milliseconds since the Unix epoch.
-    pub at_ms: u64,
-    /// JSON.
-    pub report: Bytes,
+    /// JSON. `None`: the node is registered and has not reported within [`REPORTED_FOR`].
+    pub report: Option<Bytes>,
 }
 
 impl Rollout {

@@ -23,6 +23,7 @@ use self::evaluate::unrouted;
 use self::pool::{Job, Pool};
 use crate::event::{Event, Name, PartitionNumber, Plan, Priority, Verdict};
 use crate::plugin::registry::generation::{Chain, ChainIdentity};
+use crate::plugin::registry::rollout::Incomplete;
 use crate::plugin::registry::{Registry, Snapshot};
 use crate::telemetry::metrics::Metrics;
 
@@ -74,6 +75,22 @@ pub enum MissingPlugins {
     /// without them permanently.
     #[error("no active version of the plugin {}, so events wait", .0.join(" and of "))]
     Named(Vec<String>),
+    /// Versions that decided in this partition before the node started are being loaded.
+    #[error("the version of the roll-out of the plugin {} is being loaded, so events wait", .0.join(" and of "))]
+    RolledOut(Vec<String>),
+    /// The roll-outs of plugins may have changed since they were last read.
+    #[error("the roll-outs of plugins were not read in time, so events wait")]
+    Unconfirmed,
+}
+
+impl From<Incomplete> for MissingPlugins {
+    fn from(incomplete: Incomplete) -> Self {
+        match incomplete {
+            Incomplete::Plugins(names) => Self::Named(names),
+            Incomplete::Rollouts(names) => Self::RolledOut(names),
+            Incomplete::Unconfirmed => Self::Unconfirmed,
+        }
+    }
 }
 
 /// Why events wait instead of being evaluated.
@@ -152,7 +169,7 @@ impl Pipeline {
         events: Vec<Event>,
         clock_ms: u64,
     ) -> Result<Vec<Evaluation>, Unevaluated> {
-        let chain = self.usable(self.0.registry.complete_chain_of(partition))?;
+        let chain = self.chain_of(partition)?;
         self.evaluate_on(&chain, events, clock_ms).await
     }
 
@@ -238,42 +255,56 @@ impl Pipeline {
     }
 
     fn chain(&self) -> Result<Arc<Chain>, MissingPlugins> {
-        self.usable(self.0.registry.complete_chain())
+        let chain = self.0.registry.complete_chain();
+        self.usable(chain.map_err(MissingPlugins::Named)?)
     }
 
-    /// A chain by which events can be evaluated.
-    fn usable(&self, chain: Result<Arc<Chain>, Vec<String>>) -> Result<Arc<Chain>, MissingPlugins> {
-        let chain = chain.map_err(MissingPlugins::Named)?;
+    fn chain_of(&self, partition: PartitionNumber) -> Result<Arc<Chain>, MissingPlugins> {
+        self.usable(self.0.registry.complete_chain_of(partition)?)
+    }
+
+    /// The chain, if events can be evaluated by it.
+    fn usable(&self, chain: Arc<Chain>) -> Result<Arc<Chain>, MissingPlugins> {
         if chain.is_empty() && !self.0.allow_none {
             return Err(MissingPlugins::All);
         }
         Ok(chain)
     }
 
-    /// Whether events can be evaluated now.
+    /// Whether events of this partition can be decided now.
     ///
     /// # Errors
-    /// The plugins that are missing.
-    pub fn check(&self) -> Result<(), MissingPlugins> {
-        self.chain().map(drop)
+    /// What is missing.
+    pub fn check(&self, partition: PartitionNumber) -> Result<(), MissingPlugins> {
+        self.chain_of(partition).map(drop)
     }
 
-    /// Waits until events can be evaluated. Cancel-safe.
-    pub async fn can_work(&self) {
-        self.becomes(true).await;
+    /// Waits until events of this partition can be decided. Cancel-safe.
+    pub async fn can_work(&self, partition: PartitionNumber) {
+        self.becomes(partition, true).await;
     }
 
-    /// Waits until no event can be evaluated for lack of a plugin. Cancel-safe.
-    pub async fn cannot_work(&self) {
-        self.becomes(false).await;
+    /// Waits until no event of this partition can be decided for lack of a plugin. Cancel-safe.
+    pub async fn cannot_work(&self, partition: PartitionNumber) {
+        self.becomes(partition, false).await;
     }
 
-    async fn becomes(&self, able: bool) {
+    async fn becomes(&self, partition: PartitionNumber, able: bool) {
         let mut changes = self.changes();
-        let is_able =
-            |now: &Snapshot| now.missing.is_empty() && (self.0.allow_none || !now.chain.is_empty());
-        // Cannot fail: the sender is in the registry, which lives as long as this handle.
-        drop(changes.wait_for(|now| is_able(now) == able).await);
+        let mut confirmations = self.0.registry.confirmations();
+        loop {
+            // Before the check: what changes after it is waited for.
+            changes.mark_unchanged();
+            confirmations.mark_unchanged();
+            if self.check(partition).is_ok() == able {
+                return;
+            }
+            // Cannot fail: the senders are in the registry, which lives as long as this handle.
+            tokio::select! {
+                changed = changes.changed() => drop(changed),
+                changed = confirmations.changed() => drop(changed),
+            }
+        }
     }
 
     pub fn registry(&self) -> &Arc<Registry> {

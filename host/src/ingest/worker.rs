@@ -28,7 +28,7 @@ use crate::event::{
     Decision, EntryId, Epoch, Event, Name, Notification, NotificationId, Outcome, PartitionNumber,
     Position,
 };
-use crate::ingest::pipeline::{Pipeline, Resolution, Unevaluated};
+use crate::ingest::pipeline::{MissingPlugins, Pipeline, Resolution, Unevaluated};
 use crate::ingest::proposal::{
     SlicedRecordDecision, commit_proposal, dead_letter, decision_about, dedupe_key, n_bytes,
     n_targets, oversized, slice_of, unevaluated,
@@ -108,7 +108,7 @@ enum Stop {
     Broker(Error),
     LeaseLost,
     /// Without a plugin events would be decided wrongly for good: they wait in the source.
-    MissingPlugins,
+    MissingPlugins(MissingPlugins),
     /// The host has no memory for an instance of a plugin: events wait in the source.
     HostMemory(String),
     Shutdown,
@@ -201,6 +201,8 @@ impl ChainNotes {
 /// An evaluated batch, ready to commit.
 struct EvaluatedBatch {
     items: Vec<Item>,
+    /// See [`Registry::n_withdrawals`](crate::plugin::registry::Registry); as before its evaluation.
+    n_withdrawals: u64,
 }
 
 impl Ingest {
@@ -216,7 +218,7 @@ impl Ingest {
         while !shutdown.is_cancelled() {
             // Checked before the lease is taken: another node may have the plugins.
             tokio::select! {
-                () = self.pipeline.can_work() => {}
+                () = self.pipeline.can_work(partition.number) => {}
                 () = shutdown.cancelled() => break,
             }
             let began = Instant::now();
@@ -236,12 +238,12 @@ impl Ingest {
                     backoff.reset();
                     backoff.pause()
                 }
-                Stop::MissingPlugins => {
-                    if let Err(missing) = self.pipeline.check() {
-                        tracing::warn!(source.key = %partition.source, "{missing}; the lease is left to other nodes");
-                    }
+                Stop::MissingPlugins(missing) => {
+                    tracing::warn!(source.key = %partition.source, "{missing}; the lease is left to other nodes");
                     self.release(&partition).await;
-                    state.is_new_owner = true;
+                    // It has only been out of touch and continues within a moment: this is not the
+                    // end of an owner that may have crashed.
+                    state.is_new_owner |= missing != MissingPlugins::Unconfirmed;
                     continue;
                 }
                 Stop::HostMemory(reason) => {
@@ -298,15 +300,15 @@ impl Ingest {
                     tokio::select! {
                         () = tokio::time::sleep(wait) => {}
                         () = shutdown.cancelled() => return Stop::Shutdown,
-                        () = self.pipeline.cannot_work() => return Stop::MissingPlugins,
+                        missing = self.cannot_work(partition.number) => return missing,
                     }
                 }
                 Err(error) => return error.into(),
             }
         }
         // A take-over counts as an owner that may have crashed on the next entry.
-        if self.pipeline.check().is_err() {
-            return Stop::MissingPlugins;
+        if let Err(missing) = self.pipeline.check(partition.number) {
+            return Stop::MissingPlugins(missing);
         }
         state.is_careful = false;
         if state.is_new_owner {
@@ -368,12 +370,23 @@ impl Ingest {
             stop = &mut commit => stop,
             stop = &mut read => match stop {
                 // Every evaluated batch is in the channel: let the last commit return.
-                Stop::Shutdown | Stop::MissingPlugins | Stop::HostMemory(_) => match commit.await {
+                Stop::Shutdown | Stop::MissingPlugins(_) | Stop::HostMemory(_) => match commit.await {
                     Stop::Shutdown => stop,
                     stop => stop,
                 },
                 stop => stop,
             },
+        }
+    }
+
+    /// Waits until no event of the partition can be decided.
+    async fn cannot_work(&self, partition: PartitionNumber) -> Stop {
+        loop {
+            self.pipeline.cannot_work(partition).await;
+            // It may have become possible again.
+            if let Err(missing) = self.pipeline.check(partition) {
+                return Stop::MissingPlugins(missing);
+            }
         }
     }
 
@@ -462,7 +475,7 @@ impl Ingest {
             let entries = tokio::select! {
                 entries = self.broker.read(partition.number, after, count, Duration::from_secs(1)) => entries,
                 () = shutdown.cancelled() => return Stop::Shutdown,
-                () = self.pipeline.cannot_work() => return Stop::MissingPlugins,
+                missing = self.cannot_work(partition.number) => return missing,
             };
             let entries = match entries {
                 Ok(entries) => entries,
@@ -485,9 +498,10 @@ impl Ingest {
             after = last.id;
             progress.read(entries.len() as u64);
             // Not noted as an attempt, which would count as a crash of this node.
-            if self.pipeline.check().is_err() {
-                return Stop::MissingPlugins;
+            if let Err(missing) = self.pipeline.check(partition.number) {
+                return Stop::MissingPlugins(missing);
             }
+            let n_withdrawals = self.pipeline.registry().n_withdrawals();
             let poison = if n_careful > 0 {
                 self.poison(partition, &entries).await
             } else {
@@ -509,13 +523,17 @@ impl Ingest {
                     match evaluated {
                         Ok(items) => items,
                         // A plugin was removed after they were read.
-                        Err(Unevaluated::Missing(_)) => return Stop::MissingPlugins,
+                        Err(Unevaluated::Missing(missing)) => return Stop::MissingPlugins(missing),
                         Err(lacking) => return Stop::HostMemory(lacking.to_string()),
                     }
                 }
                 Err(stop) => return stop,
             };
-            if evaluated.send(EvaluatedBatch { items }).await.is_err() {
+            let batch = EvaluatedBatch {
+                items,
+                n_withdrawals,
+            };
+            if evaluated.send(batch).await.is_err() {
                 return Stop::Conflict;
             }
         }
@@ -704,9 +722,16 @@ impl Ingest {
         mut batches: mpsc::Receiver<EvaluatedBatch>,
         progress: &Progress,
     ) -> Stop {
-        while let Some(EvaluatedBatch { items }) = batches.recv().await {
+        while let Some(EvaluatedBatch {
+            items,
+            n_withdrawals,
+        }) = batches.recv().await
+        {
             let mut items = items.into_iter().peekable();
             while let Some(first) = items.next() {
+                if let Err(stop) = self.check_still_valid(partition.number, n_withdrawals) {
+                    return stop;
+                }
                 let mut n_items = 1;
                 let next = if n_targets(&first) > MAX_INDEX_ENTRIES {
                     let entry = first.entry;
@@ -735,6 +760,27 @@ impl Ingest {
             }
         }
         Stop::Shutdown
+    }
+
+    /// Checks that what was evaluated may still be committed: a version that was withdrawn must not
+    /// decide any more, and a node that was stopped meanwhile does not know whether one was.
+    fn check_still_valid(
+        &self,
+        partition: PartitionNumber,
+        n_withdrawals: u64,
+    ) -> Result<(), Stop> {
+        let registry = self.pipeline.registry();
+        if !registry.has_confirmed_rollouts() {
+            return Err(Stop::MissingPlugins(MissingPlugins::Unconfirmed));
+        }
+        if registry.n_withdrawals() != n_withdrawals {
+            tracing::info!(
+                partition = partition.0,
+                "a rolled-out version was withdrawn; evaluating again"
+            );
+            return Err(Stop::Conflict);
+        }
+        Ok(())
     }
 
     async fn commit_step(

@@ -300,6 +300,7 @@ fn report_plugins(
         chain,
         plugins,
         missing,
+        awaited,
         folder_failure,
         ..
     }: &Snapshot,
@@ -324,6 +325,21 @@ fn report_plugins(
         } else {
             readiness.warn(name, text)
         }
+    }
+    let rollouts: BTreeSet<_> = awaited
+        .values()
+        .flatten()
+        .map(|plugin| format!("rollouts.{plugin}"))
+        .collect();
+    readiness.retain("rollouts.", |name| rollouts.contains(name));
+    for name in rollouts {
+        let fix = "wait, build the image with its code (pointsman plugin compile), or end the roll-out (pointsman plugin rollback)";
+        readiness.set(
+            &name,
+            format!(
+                "the version of the roll-out is still being loaded; events of its partitions wait on this node; {fix}"
+            ),
+        );
     }
     match (chain.is_empty(), allow_none) {
         (false, _) => readiness.clear("plugins"),

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 mod admission;
 mod ahead;
@@ -38,6 +38,7 @@ pub mod watcher;
 use self::ahead::Wait;
 pub use self::candidate::{CandidateChain, CandidateParts, Change, Promotion};
 use self::folder::{FileStamp, FolderSnapshot};
+use self::rollout::Following;
 use self::slot::{Failure, Slot, Slots};
 use super::Engine;
 use super::registry::generation::{Chain, Generation};
@@ -56,6 +57,11 @@ pub struct Snapshot {
     pub chain: Arc<Chain>,
     /// The chains of partitions in which a rolled-out version decides.
     pub by_partition: BTreeMap<PartitionNumber, Arc<Chain>>,
+    /// The plugins whose rolled-out version is being loaded, by the partitions whose events wait for
+    /// it.
+    pub awaited: BTreeMap<PartitionNumber, Vec<String>>,
+    /// How often a rolled-out version was withdrawn from a partition.
+    pub n_withdrawals: u64,
     /// Every plugin: the active ones first, in order, then inactive ones with something to report.
     pub plugins: Vec<PluginState>,
     /// The plugins that have no active version and without which no event must be decided.
@@ -81,6 +87,11 @@ pub struct Registry {
     shadows: Shadows,
     /// The configuration file, for advice.
     config_file: OnceLock<PathBuf>,
+    following: watch::Sender<Following>,
+    rollouts_changed: Notify,
+    /// Held while the roll-outs are read and followed, so that an older answer of the broker is not
+    /// followed after a newer one.
+    pub(crate) rollouts_turn: tokio::sync::Mutex<()>,
 }
 
 /// Why an admin command failed.
@@ -144,6 +155,8 @@ impl Registry {
             config,
             by_name: BTreeMap::new(),
             rollouts: BTreeMap::new(),
+            has_read_rollouts: false,
+            n_withdrawals: 0,
         };
         let removed = dir.as_deref().map(folder::removals).unwrap_or_default();
         for name in removed.into_keys() {
@@ -167,6 +180,9 @@ impl Registry {
             current: watch::Sender::new(before_loading),
             shadows: Shadows::default(),
             config_file: OnceLock::new(),
+            following: watch::Sender::new(Following::No),
+            rollouts_changed: Notify::new(),
+            rollouts_turn: tokio::sync::Mutex::default(),
         };
         registry.load_snapshot(snapshot, wait);
         Ok(registry)
@@ -427,9 +443,12 @@ impl Registry {
         let folder_failure = self.current.borrow().folder_failure.clone();
         let missing = slots.missing();
         let by_partition = rollout::chains_by_partition(&slots.rollouts, &chain);
+        let awaited = rollout::awaited_by_partition(slots);
         drop(self.current.send_replace(Snapshot {
             chain,
             by_partition,
+            awaited,
+            n_withdrawals: slots.n_withdrawals,
             plugins,
             missing,
             folder_failure,

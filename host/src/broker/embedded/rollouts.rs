@@ -1,28 +1,38 @@
 //! Roll-outs of plugins, in a table, and the reports of the one node, in memory.
 
-use std::collections::BTreeMap;
-
 use redb::{ReadTransaction, ReadableTable as _};
 
 use super::layout;
 use super::store::Failure;
 use super::work::Work;
-use crate::broker::Rollout;
+use crate::broker::{Rollout, WantedVersions};
 use crate::event::Name;
+
+/// The row of the revision. No plugin has the empty name.
+const REVISION: &str = "";
 
 pub(super) fn rollouts(
     transaction: &ReadTransaction,
-) -> Result<BTreeMap<String, Rollout>, Failure> {
+    plugins: &[Name],
+) -> Result<WantedVersions, Failure> {
     let table = transaction.open_table(layout::ROLLOUTS)?;
-    let mut found = BTreeMap::new();
-    for row in table.iter()? {
-        let (plugin, rollout) = row?;
-        // A row of another version is left out, as on Redis.
-        if let Ok(rollout) = serde_json::from_slice(rollout.value()) {
-            found.insert(plugin.value().to_owned(), rollout);
+    let mut wanted = WantedVersions {
+        revision: table.get(REVISION)?.map_or(0, |row| number(row.value())),
+        ..WantedVersions::default()
+    };
+    for plugin in plugins {
+        let Some(row) = table.get(plugin.as_str())? else {
+            continue;
+        };
+        match serde_json::from_slice(row.value()) {
+            Ok(rollout) => {
+                wanted.rollouts.insert(plugin.to_string(), rollout);
+            }
+            // A row of another version.
+            Err(_) => wanted.foreign.push(plugin.to_string()),
         }
     }
-    Ok(found)
+    Ok(wanted)
 }
 
 impl Work<'_> {
@@ -31,18 +41,25 @@ impl Work<'_> {
         &mut self,
         plugin: &Name,
         rollout: Option<&Rollout>,
-    ) -> Result<(), Failure> {
+        now_ms: u64,
+    ) -> Result<u64, Failure> {
+        let table = &mut self.tables.rollouts;
+        let before = table.get(REVISION)?.map_or(0, |row| number(row.value()));
+        let revision = now_ms.max(before + 1);
         match rollout {
             Some(rollout) => {
                 let row = serde_json::to_vec(rollout).expect("texts and numbers are JSON");
-                self.tables
-                    .rollouts
-                    .insert(plugin.as_str(), row.as_slice())?;
+                table.insert(plugin.as_str(), row.as_slice())?;
             }
             None => {
-                self.tables.rollouts.remove(plugin.as_str())?;
+                table.remove(plugin.as_str())?;
             }
         }
-        Ok(())
+        table.insert(REVISION, &revision.to_be_bytes()[..])?;
+        Ok(revision)
     }
+}
+
+fn number(row: &[u8]) -> u64 {
+    row.try_into().map_or(0, u64::from_be_bytes)
 }

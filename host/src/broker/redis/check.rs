@@ -215,7 +215,7 @@ fn partition_commands(prefix: &Prefix, keys: &PartitionKeys) -> Vec<String> {
 /// The commands on the data of users and of the installation, one word per line.
 fn shared_commands(prefix: &Prefix) -> Vec<String> {
     let (numbers, nodes) = (&prefix.numbers()[..], &prefix.nodes()[..]);
-    let (rollouts, reports) = (&prefix.rollouts()[..], &prefix.reports()[..]);
+    let (rollouts, report) = (&prefix.rollouts()[..], &prefix.report("x")[..]);
     let (user, cursors) = (
         &format!("{prefix}:user:x")[..],
         &format!("{prefix}:device-cursors:x")[..],
@@ -239,12 +239,14 @@ fn shared_commands(prefix: &Prefix) -> Vec<String> {
         &["HGETALL", nodes],
         &["HSET", nodes, "f", "v"],
         &["HDEL", nodes, "f"],
-        &["HGETALL", rollouts],
+        &["HSCAN", nodes, "0"],
+        &["HEXISTS", nodes, "f"],
+        &["HGET", rollouts, "f"],
+        &["HSTRLEN", rollouts, "f"],
         &["HSET", rollouts, "f", "v"],
         &["HDEL", rollouts, "f"],
-        &["HGETALL", reports],
-        &["HSET", reports, "f", "v"],
-        &["HDEL", reports, "f"],
+        &["SET", report, "v", "PX", "1"],
+        &["GETRANGE", report, "0", "1"],
     ]
     .map(|words| words.join("\n"))
     .into()

@@ -81,16 +81,15 @@ impl Prefix {
             } else {
                 format!("{self}:{{{source}}}:")
             };
-            let of_users = [format!("{self}:user:"), format!("{self}:device-cursors:")];
-            let is_of_users = |key: &str| of_users.iter().any(|own| key.starts_with(own));
-            let is_of_installation = [
-                self.numbers(),
-                self.nodes(),
-                self.rollouts(),
-                self.reports(),
-            ]
-            .contains(source);
-            if is_of_installation || is_of_users(source) || is_of_users(&prefix) {
+            let of_others = [
+                format!("{self}:user:"),
+                format!("{self}:device-cursors:"),
+                self.report(""),
+            ];
+            let is_of_others = |key: &str| of_others.iter().any(|own| key.starts_with(own));
+            let is_of_installation =
+                [self.numbers(), self.nodes(), self.rollouts()].contains(source);
+            if is_of_installation || is_of_others(source) || is_of_others(&prefix) {
                 return refuse("would share keys with the data of users, nodes or partitions");
             }
             prefixes.push(prefix);
@@ -139,9 +138,9 @@ impl Prefix {
         format!("{self}:rollouts")
     }
 
-    /// The key of the reports of nodes.
-    pub(super) fn reports(&self) -> String {
-        format!("{self}:reports")
+    /// The key of the report of a node.
+    pub(super) fn report(&self, node: &str) -> String {
+        format!("{self}:report:{node}")
     }
 
     /// The key of a user's attributes and memberships.
@@ -226,6 +225,9 @@ mod tests {
         for source in [
             "pointsman:user:ann",
             "pointsman:partitions",
+            "pointsman:rollouts",
+            "pointsman:report:notify-1",
+            "report:{x}",
             "pointsman:device-cursors:{pointsman:user:ann}",
             "user:{x}",
             "device-cursors:{x}",

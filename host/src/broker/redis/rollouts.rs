@@ -1,96 +1,109 @@
-//! Roll-outs of plugins and the reports of nodes: two hashes of the installation.
-
-use std::collections::BTreeMap;
+//! Roll-outs of plugins, a hash of the installation, and the reports of nodes, a key each.
 
 use bytes::Bytes;
+use redis::{Value, from_redis_value};
 
-use super::{Redis, client};
-use crate::broker::{Partitions as _, REPORTED_FOR, Result, Rollout, StoredReport};
+use super::{Redis, client, scripts};
+use crate::broker::{
+    MAX_REPORT_BYTES, MAX_REPORTS, MAX_ROLLOUT_BYTES, REGISTERED_FOR, REPORTED_FOR, Result,
+    Rollout, StoredReport, WantedVersions,
+};
 use crate::duration::millis;
 use crate::event::Name;
 
+/// The most reports that are read in one round trip.
+const REPORTS_AT_ONCE: usize = 16;
+
 /// See [`crate::broker::Rollouts::rollouts`].
-pub(super) async fn read(redis: &Redis) -> Result<BTreeMap<String, Rollout>> {
-    let found = all(redis, &redis.prefix.rollouts()).await?;
-    // What Pointsman did not write is skipped.
-    let parsed = found.into_iter().filter_map(|(plugin, rollout)| {
-        Some((
-            String::from_utf8(plugin).ok()?,
-            serde_json::from_slice(&rollout).ok()?,
-        ))
+pub(super) async fn read(redis: &Redis, plugins: &[Name]) -> Result<WantedVersions> {
+    let call = redis.connection.eval(&scripts::ROLLOUTS, |command| {
+        command
+            .arg(1)
+            .arg(redis.prefix.rollouts())
+            .arg(MAX_ROLLOUT_BYTES);
+        for plugin in plugins {
+            command.arg(plugin.as_str());
+        }
     });
-    Ok(parsed.collect())
+    let (revision, found): (u64, Vec<(String, Option<Vec<u8>>)>) = call.await?;
+    let mut wanted = WantedVersions {
+        revision,
+        ..WantedVersions::default()
+    };
+    for (plugin, rollout) in found {
+        match rollout.and_then(|json| serde_json::from_slice(&json).ok()) {
+            Some(rollout) => {
+                wanted.rollouts.insert(plugin, rollout);
+            }
+            None => wanted.foreign.push(plugin),
+        }
+    }
+    Ok(wanted)
 }
 
 /// See [`crate::broker::Rollouts::set_rollout`].
-pub(super) async fn write(redis: &Redis, plugin: &Name, rollout: Option<&Rollout>) -> Result<()> {
-    let key = redis.prefix.rollouts();
-    let _changed: i64 = match rollout {
-        Some(rollout) => {
-            let json = serde_json::to_vec(rollout).expect("texts and numbers are JSON");
-            let set = client::cmd("HSET")
-                .arg(key)
-                .arg(plugin.as_str())
-                .arg(json)
-                .take();
-            redis.connection.query(&set).await?
-        }
-        None => remove(redis, &key, &[plugin.as_str()]).await?,
-    };
-    Ok(())
+pub(super) async fn write(redis: &Redis, plugin: &Name, rollout: Option<&Rollout>) -> Result<u64> {
+    let json = rollout.map(|rollout| serde_json::to_vec(rollout).expect("texts and numbers"));
+    let call = redis.connection.eval(&scripts::SET_ROLLOUT, |command| {
+        command
+            .arg(1)
+            .arg(redis.prefix.rollouts())
+            .arg(plugin.as_str())
+            .arg(json.as_deref().unwrap_or_default());
+    });
+    call.await
 }
 
 /// See [`crate::broker::Rollouts::report_node`].
-pub(super) async fn report(redis: &Redis, node: &str, report: &[u8]) -> Result<()> {
-    let value = [format!("{} ", redis.now_ms()).as_bytes(), report].concat();
-    let set = client::cmd("HSET")
-        .arg(redis.prefix.reports())
+pub(super) async fn report(redis: &Redis, node: &str, report: &[u8]) -> Result<bool> {
+    let call = redis.connection.eval(&scripts::REPORT, |command| {
+        command
+            .arg(1)
+            .arg(redis.prefix.report(node))
+            .arg(report)
+            .arg(millis(REPORTED_FOR));
+    });
+    let () = call.await?;
+    let is_registered = client::cmd("HEXISTS")
+        .arg(redis.prefix.nodes())
         .arg(node)
-        .arg(value)
         .take();
-    let _added: i64 = redis.connection.query(&set).await?;
-    Ok(())
+    redis.connection.query(&is_registered).await
 }
 
-/// See [`crate::broker::Rollouts::node_reports`]. Removes outdated reports: names of nodes may never
-/// return.
+/// See [`crate::broker::Rollouts::node_reports`].
 pub(super) async fn reports(redis: &Redis) -> Result<Vec<StoredReport>> {
-    let key = redis.prefix.reports();
-    let (now_ms, ttl_ms) = (redis.now_ms(), millis(REPORTED_FOR));
-    let (mut reports, mut outdated) = (Vec::new(), Vec::new());
-    for (node, value) in all(redis, &key).await? {
-        let node = String::from_utf8_lossy(&node).into_owned();
-        let split = value.iter().position(|byte| *byte == b' ');
-        let found = split.and_then(|at| {
-            let at_ms: u64 = std::str::from_utf8(&value[..at]).ok()?.parse().ok()?;
-            Some((at_ms, Bytes::copy_from_slice(&value[at + 1..])))
-        });
-        // A report of the future was written before the clock was set back.
-        match found {
-            Some((at_ms, report)) if now_ms.abs_diff(at_ms) <= ttl_ms => {
-                reports.push(StoredReport {
-                    node,
-                    at_ms,
-                    report,
-                });
-            }
-            _ => outdated.push(node),
+    let call = redis.connection.eval(&scripts::LIVE_NODES, |command| {
+        command
+            .arg(1)
+            .arg(redis.prefix.nodes())
+            .arg(millis(REGISTERED_FOR))
+            .arg(MAX_REPORTS);
+    });
+    let mut nodes: Vec<String> = call.await?;
+    nodes.sort_unstable();
+    let mut reports = Vec::with_capacity(nodes.len());
+    for nodes in nodes.chunks(REPORTS_AT_ONCE) {
+        let mut commands = client::pipe();
+        // The value of a key of another type is an answer like any other.
+        commands.ignore_errors();
+        for node in nodes {
+            commands
+                .cmd("GETRANGE")
+                .arg(redis.prefix.report(node))
+                .arg(0)
+                // One more than allowed: a report is never read in part.
+                .arg(MAX_REPORT_BYTES);
         }
+        let found: Vec<Value> = redis.connection.pipeline(&commands).await?;
+        reports.extend(nodes.iter().zip(found).map(|(node, found)| {
+            let found = from_redis_value::<Vec<u8>>(found).ok();
+            let is_report = |json: &Vec<u8>| !json.is_empty() && json.len() <= MAX_REPORT_BYTES;
+            StoredReport {
+                node: node.clone(),
+                report: found.filter(is_report).map(Bytes::from),
+            }
+        }));
     }
-    if !outdated.is_empty() {
-        let names: Vec<&str> = outdated.iter().map(String::as_str).collect();
-        let _removed: i64 = remove(redis, &key, &names).await?;
-    }
-    reports.sort_by(|one, other| one.node.cmp(&other.node));
     Ok(reports)
-}
-
-async fn all(redis: &Redis, key: &str) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
-    let get = client::cmd("HGETALL").arg(key).take();
-    redis.connection.query(&get).await
-}
-
-async fn remove(redis: &Redis, key: &str, fields: &[&str]) -> Result<i64> {
-    let delete = client::cmd("HDEL").arg(key).arg(fields).take();
-    redis.connection.query(&delete).await
 }

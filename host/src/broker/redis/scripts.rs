@@ -70,6 +70,14 @@ scripts! {
     NUMBER = new "number.lua";
     /// Independent of partitions.
     NODES = of_user "nodes.lua";
+    /// Independent of partitions.
+    LIVE_NODES = new "live_nodes.lua";
+    /// Independent of partitions.
+    ROLLOUTS = of_user "rollouts.lua";
+    /// Independent of partitions.
+    SET_ROLLOUT = of_user "set_rollout.lua";
+    /// Independent of partitions.
+    REPORT = new "report.lua";
     /// Independent of partitions and needs no permissions beyond running scripts.
     RIGHTS = new "rights.lua";
     /// Independent of partitions.

@@ -144,10 +144,10 @@ pub(in crate::cli) struct RolloutReport {
     from: PluginVersion,
     to: PluginVersion,
     percent: u64,
-    at_ms: u64,
     partitions: Vec<u64>,
     n_partitions: u64,
     nodes: Vec<NodeRollout>,
+    problem: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -160,7 +160,6 @@ struct PluginVersion {
 struct NodeRollout {
     node: String,
     state: String,
-    at_ms: u64,
     #[serde(default)]
     reason: String,
 }
@@ -170,6 +169,7 @@ struct NodeRollout {
 pub(in crate::cli) struct RollbackReport {
     nodes: Vec<String>,
     pending: Vec<String>,
+    problem: Option<String>,
 }
 
 /// `POST /v1/plugins/NAME/promote`.
@@ -585,25 +585,18 @@ impl RolloutReport {
         for NodeRollout {
             node,
             state,
-            at_ms,
             reason,
         } in &self.nodes
         {
-            let late = if *at_ms == self.at_ms {
-                ""
-            } else {
-                ", not followed yet"
-            };
             let reason = if reason.is_empty() {
                 String::new()
             } else {
                 format!(": {}", printable(reason))
             };
-            text += &format!(
-                "  {}: {}{late}{reason}\n",
-                printable(node),
-                printable(state)
-            );
+            text += &format!("  {}: {}{reason}\n", printable(node), printable(state));
+        }
+        if let Some(problem) = &self.problem {
+            text += &format!("{}\n", printable(problem));
         }
         text
     }
@@ -622,14 +615,21 @@ impl PluginVersion {
 impl RollbackReport {
     pub(in crate::cli) fn render(&self, plugin: &str) -> String {
         let nodes = list(self.nodes.iter().map(String::as_str));
-        let pending = if self.pending.is_empty() {
-            String::new()
-        } else {
-            let pending = list(self.pending.iter().map(String::as_str));
-            format!("; not followed yet: {pending}")
+        if let Some(problem) = &self.problem {
+            return format!("rolled back {plugin}: {}\n", printable(problem));
+        }
+        if self.pending.is_empty() {
+            return format!(
+                "rolled back {plugin} on all nodes; each decides by its own version: {nodes}\n"
+            );
+        }
+        let pending = list(self.pending.iter().map(String::as_str));
+        let followed = match self.nodes.len() {
+            0 => String::new(),
+            _ => format!("; followed: {nodes}"),
         };
         format!(
-            "rolled back {plugin} on all nodes; each decides by its own version: {nodes}{pending}\n"
+            "rolled back {plugin}, but not on all nodes yet{followed}; not followed yet: {pending}; look again at their GET /readyz, or stop them\n"
         )
     }
 }

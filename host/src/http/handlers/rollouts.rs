@@ -37,7 +37,7 @@ pub(in crate::http) async fn show(
     _: ApiKey,
     Path(name): Path<String>,
 ) -> Result<Json<RolloutReport>, ApiError> {
-    let report = state.fleet()?.rollout(&name).await?;
+    let report = state.fleet()?.rollout(&plugin(&name)?).await?;
     report.map(Json).ok_or_else(|| none(&name))
 }
 
@@ -62,22 +62,17 @@ pub(in crate::http) async fn begin(
     let (body, permit) = receive(&state, body).await?;
     if body.is_empty() && options.config_bytes.is_none() {
         drop(permit);
-        if !fleet.set_share(&plugin, options.share).await? {
-            return Err(none(&name));
-        }
-    } else {
-        let parts = parts(&headers, options.config_bytes, body)?;
-        let named = name.clone();
-        let stage = move |registry: &Registry| {
-            let _permit = permit;
-            registry.stage(&named, parts)
-        };
-        let (from, to) = run_command(&state, stage).await?;
-        fleet.begin(&plugin, from, to, options.share).await?;
+        let report = fleet.set_share(&plugin, options.share).await?;
+        return report.map(Json).ok_or_else(|| none(&name));
     }
-    let report = fleet.rollout(&name).await?;
-    // Another node may have rolled back meanwhile.
-    report.map(Json).ok_or_else(|| none(&name))
+    let parts = parts(&headers, options.config_bytes, body)?;
+    let stage = move |registry: &Registry| {
+        let _permit = permit;
+        registry.stage(&name, parts)
+    };
+    let (from, to) = run_command(&state, stage).await?;
+    let report = fleet.begin(&plugin, from, to, options.share).await?;
+    Ok(Json(report))
 }
 
 /// `DELETE /v1/plugins/{name}/rollout`.

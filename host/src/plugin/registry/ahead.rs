@@ -107,7 +107,7 @@ impl Registry {
     ///
     /// # Errors
     /// The file is refused without compiling it.
-    fn begin_to_compile(
+    pub(super) fn begin_to_compile(
         &self,
         bytes: &[u8],
         settings: &Settings,

@@ -4,22 +4,61 @@
 //! The version is loaded from two staged files in the plugin folder, `.NAME.next.wasm` and
 //! `.NAME.next.toml`, of which the one that equals the own version may be missing. A node that does
 //! not have the version decides by its own and reports it. The node's own files are never changed.
+//!
+//! To follow a change ([`Registry::follow_rollouts`]) neither compiles nor waits for a compilation,
+//! so that a withdrawn version decides nothing more at once. Versions are loaded afterwards, beside
+//! everything else ([`Registry::load_rollout`]); while they are at a start, events of their
+//! partitions wait. A node that has not read the roll-outs for [`CONFIRMED_FOR`] decides nothing:
+//! it may have been stopped while they changed, and the others no longer wait for it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, MutexGuard, TryLockError};
-use std::time::{Instant, SystemTime};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 use super::candidate::{Candidate, CandidateParts};
 use super::section::{MAX_BYTES, Section};
+use super::settings::Settings;
+use super::slot::{Failure, Slots};
 use super::{AdminError, Registry, folder};
-use crate::event::PartitionNumber;
+use crate::event::{Name, PartitionNumber};
+use crate::plugin::Plugin;
 use crate::plugin::registry::generation::{Chain, Generation};
 use crate::plugin::runtime::plugin::{file_hash, short_hash};
 use crate::plugin::shadow::ShadowReport;
+
+/// How long a node decides after it has read the roll-outs. Much shorter than its report counts
+/// ([`crate::broker::REPORTED_FOR`]), so that a node that is not listed any more does not decide.
+pub const CONFIRMED_FOR: Duration = Duration::from_secs(5);
+/// The pause before a version is tried again that was not loaded for want of something in the host.
+const TRY_AGAIN_AFTER: Duration = Duration::from_secs(2);
+/// The interval between two looks whether a version that is being compiled is still wanted.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// Whether this node has read the roll-outs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Following {
+    /// It takes part in none.
+    No,
+    NotYet,
+    /// When it last began to read them.
+    Since(Instant),
+}
+
+/// Why an event of a partition must not be decided now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Incomplete {
+    /// These plugins have no active version.
+    Plugins(Vec<String>),
+    /// The versions of roll-outs of these plugins are being loaded.
+    Rollouts(Vec<String>),
+    /// The roll-outs have not been read for [`CONFIRMED_FOR`].
+    Unconfirmed,
+}
 
 /// A version: the hashes of its file and of its configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +84,11 @@ pub struct RolloutWish {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RolloutStatus {
+    /// It has not reported that it follows the last change.
+    Pending,
+    /// It is loading the version; its own decides. After a start, events of the chosen partitions
+    /// wait instead.
+    Loading,
     /// It has the version, which decides in the chosen partitions.
     Ready,
     /// The version is the node's own and decides in all partitions.
@@ -71,106 +115,336 @@ pub struct RolloutState {
     pub reason: String,
 }
 
-/// A roll-out that this node takes part in.
+/// A roll-out that this node follows.
 #[derive(Clone, Debug)]
 pub(super) struct ActiveRollout {
     wish: RolloutWish,
-    state: RolloutState,
-    /// The version, if this node has it and does not have it as its own.
-    generation: Option<Arc<Generation>>,
-    /// The staged files as they were last read.
-    stamps: [Option<(SystemTime, u64)>; 2],
-    /// Whether it failed on too many events.
-    has_failed: bool,
+    version: StagedVersion,
+    /// Whether events of its partitions wait while the version is being loaded.
+    is_awaited: bool,
+}
+
+/// The modification time and size of each staged file.
+type Stamps = [Option<(SystemTime, u64)>; 2];
+
+/// This node's copy of the version of a roll-out.
+#[derive(Clone, Debug)]
+enum StagedVersion {
+    Loading {
+        /// Why it was not loaded yet, for want of something in the host; empty otherwise.
+        reason: String,
+        /// When it is tried again.
+        due: Instant,
+    },
+    Loaded(Arc<Generation>),
+    /// Tried again when a staged file changes, as in the next case.
+    Missing(Stamps),
+    Refused {
+        reason: String,
+        stamps: Stamps,
+    },
+    /// It failed on too many events.
+    Withdrawn {
+        reason: String,
+    },
+}
+
+impl ActiveRollout {
+    fn new(wish: &RolloutWish, is_awaited: bool) -> Self {
+        Self {
+            wish: wish.clone(),
+            version: StagedVersion::Loading {
+                reason: String::new(),
+                due: Instant::now(),
+            },
+            is_awaited,
+        }
+    }
+
+    /// Whether the wish is for the same version, possibly in other partitions.
+    fn is_for(&self, wish: &RolloutWish) -> bool {
+        (&self.wish.from, &self.wish.to) == (&wish.from, &wish.to)
+    }
+
+    /// The version, if this node has loaded it.
+    fn generation(&self) -> Option<&Arc<Generation>> {
+        match &self.version {
+            StagedVersion::Loaded(generation) => Some(generation),
+            _ => None,
+        }
+    }
+
+    /// This node's part. `own`: its own version, if the plugin is active.
+    fn state(&self, name: &str, own: Option<&VersionHashes>) -> RolloutState {
+        let (state, reason) = match (own, &self.version) {
+            (None, _) => (
+                RolloutStatus::Missing,
+                "the plugin is not active".to_owned(),
+            ),
+            (Some(own), _) if *own == self.wish.to => (RolloutStatus::Own, String::new()),
+            (Some(own), _) if *own != self.wish.from => (
+                RolloutStatus::OtherVersion,
+                "its own version has changed since the roll-out began".to_owned(),
+            ),
+            (_, StagedVersion::Loading { reason, .. }) => (RolloutStatus::Loading, reason.clone()),
+            (_, StagedVersion::Loaded(_)) => (RolloutStatus::Ready, String::new()),
+            (_, StagedVersion::Missing(_)) => (
+                RolloutStatus::Missing,
+                format!(
+                    "it does not have this version; copy .{name}.next.wasm and .{name}.next.toml of a node that has it to its plugin folder"
+                ),
+            ),
+            (_, StagedVersion::Refused { reason, .. } | StagedVersion::Withdrawn { reason }) => {
+                (RolloutStatus::Failed, reason.clone())
+            }
+        };
+        let own = own.cloned().unwrap_or(VersionHashes {
+            file: String::new(),
+            config: String::new(),
+        });
+        RolloutState {
+            state,
+            at_ms: self.wish.at_ms,
+            hash: own.file,
+            config_hash: own.config,
+            reason,
+        }
+    }
 }
 
 impl Registry {
-    /// The active plugins for events of a partition, unless one without which no event must be
-    /// decided is missing.
+    /// The active plugins for events of a partition, unless no event of it must be decided now.
     ///
     /// # Errors
-    /// The names of the missing plugins.
+    /// See [`Incomplete`].
     pub(crate) fn complete_chain_of(
         &self,
         partition: PartitionNumber,
-    ) -> Result<Arc<Chain>, Vec<String>> {
+    ) -> Result<Arc<Chain>, Incomplete> {
+        if !self.has_confirmed_rollouts() {
+            return Err(Incomplete::Unconfirmed);
+        }
         // Read at once: the chain of one moment must not be judged by another moment's plugins.
         let current = self.current.borrow();
         if !current.missing.is_empty() {
-            return Err(current.missing.clone());
+            return Err(Incomplete::Plugins(current.missing.clone()));
+        }
+        if let Some(plugins) = current.awaited.get(&partition) {
+            return Err(Incomplete::Rollouts(plugins.clone()));
         }
         let special = current.by_partition.get(&partition);
         Ok(Arc::clone(special.unwrap_or(&current.chain)))
     }
 
     /// Whether this generation decides in any partition.
-    pub(crate) fn is_deciding(&self, name: &crate::event::Name, number: u64) -> bool {
+    pub(crate) fn is_deciding(&self, name: &Name, number: u64) -> bool {
         let current = self.current.borrow();
         let mut chains = current.by_partition.values().chain([&current.chain]);
         chains.any(|chain| chain.has(name, number))
     }
 
+    /// From now on, no event is decided unless the roll-outs were read within [`CONFIRMED_FOR`].
+    pub fn require_rollouts(&self) {
+        self.following.send_replace(Following::NotYet);
+    }
+
+    /// The roll-outs that were read at this time or later are followed, and the other nodes can know
+    /// it. Ignored without [`Registry::require_rollouts`].
+    pub fn confirm_rollouts(&self, began: Instant) {
+        self.following.send_if_modified(|following| {
+            let is_required = *following != Following::No;
+            if is_required {
+                *following = Following::Since(began);
+            }
+            is_required
+        });
+    }
+
+    /// Whether events may be decided: the roll-outs were read within [`CONFIRMED_FOR`].
+    pub(crate) fn has_confirmed_rollouts(&self) -> bool {
+        match *self.following.borrow() {
+            Following::No => true,
+            Following::NotYet => false,
+            Following::Since(began) => began.elapsed() < CONFIRMED_FOR,
+        }
+    }
+
+    /// Changes whenever the roll-outs were read.
+    pub(crate) fn confirmations(&self) -> watch::Receiver<impl Send + Sync + use<>> {
+        self.following.subscribe()
+    }
+
+    /// How often a rolled-out version was withdrawn from a partition: what was evaluated before may
+    /// have been decided by it.
+    pub(crate) fn n_withdrawals(&self) -> u64 {
+        self.current.borrow().n_withdrawals
+    }
+
+    /// The names for which there may be roll-outs.
+    pub fn names(&self) -> Vec<Name> {
+        let slots = self.slots();
+        let known = slots.by_name.keys();
+        let known = known.chain(slots.config.plugins.keys());
+        let known: BTreeSet<&String> = known.chain(&slots.config.order).collect();
+        known
+            .into_iter()
+            .filter_map(|name| Name::parse(name).ok())
+            .collect()
+    }
+
     /// Takes part in these roll-outs, by plugin, and in no others. Returns this node's part in each.
     ///
-    /// Compiles, so it may take seconds; not for an async thread. While other plugins are being
-    /// loaded, it waits or changes nothing.
-    pub fn apply_rollouts(
+    /// Versions that are not wanted any more decide nothing from here on; new ones wait for
+    /// [`Registry::load_rollout`]. Neither compiles nor waits for a compilation.
+    pub fn follow_rollouts(
         &self,
         wishes: &BTreeMap<String, RolloutWish>,
-        is_waiting: bool,
     ) -> BTreeMap<String, RolloutState> {
-        let loading = match self.loading.try_lock() {
-            Ok(loading) => loading,
-            Err(_) if is_waiting => self.begin_loading(),
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return self.rollout_states(),
-        };
-        let before = self.slots().rollouts.clone();
-        let mut after = BTreeMap::new();
-        for (name, wish) in wishes {
-            let rollout = self.rollout(&loading, name, wish, before.get(name));
-            after.insert(name.clone(), rollout);
+        let mut slots = self.slots();
+        let before = std::mem::take(&mut slots.rollouts);
+        // At a start, the version may have decided in its partitions before.
+        let is_first = !std::mem::replace(&mut slots.has_read_rollouts, true);
+        let after = wishes.iter().map(|(name, wish)| {
+            let same = before.get(name).filter(|before| before.is_for(wish));
+            let rollout = match same {
+                Some(same) => ActiveRollout {
+                    wish: wish.clone(),
+                    ..same.clone()
+                },
+                None => ActiveRollout::new(wish, is_first),
+            };
+            (name.clone(), rollout)
+        });
+        let after: BTreeMap<String, ActiveRollout> = after.collect();
+        let deciding_now = deciding(&after);
+        let is_withdrawn = |version| !deciding_now.contains(version);
+        let has_withdrawn = deciding(&before).iter().any(is_withdrawn);
+        let wishes_before = before.iter().map(|(name, rollout)| (name, &rollout.wish));
+        let is_new = is_first || !wishes_before.eq(wishes);
+        slots.rollouts = after;
+        slots.n_withdrawals += u64::from(has_withdrawn);
+        if is_new {
+            self.publish(&slots);
         }
-        let deciding = |rollouts: &BTreeMap<String, ActiveRollout>| {
-            let each = rollouts.iter().filter_map(|(name, rollout)| {
-                let number = rollout.generation.as_ref()?.number;
-                Some((name.clone(), number, rollout.wish.partitions.clone()))
-            });
-            each.collect::<Vec<_>>()
-        };
-        let is_new = deciding(&before) != deciding(&after);
-        {
-            let mut slots = self.slots();
-            slots.rollouts = after;
-            if is_new {
-                self.publish(&slots);
-            }
-        }
+        drop(slots);
+        self.rollouts_changed.notify_one();
         self.rollout_states()
     }
 
-    fn rollout_states(&self) -> BTreeMap<String, RolloutState> {
+    /// This node's part in each roll-out, by plugin.
+    pub fn rollout_states(&self) -> BTreeMap<String, RolloutState> {
         let slots = self.slots();
-        let states = slots.rollouts.iter();
-        states
-            .map(|(name, rollout)| (name.clone(), rollout.state.clone()))
-            .collect()
+        let states = slots.rollouts.iter().map(|(name, rollout)| {
+            let own = own_version(&slots, name).map(|own| hashes(own));
+            (name.clone(), rollout.state(name, own.as_ref()))
+        });
+        states.collect()
+    }
+
+    /// Waits until [`Registry::follow_rollouts`] was called. Cancel-safe.
+    pub(crate) async fn rollouts_changed(&self) {
+        self.rollouts_changed.notified().await;
+    }
+
+    /// The versions that [`Registry::load_rollout`] should load now.
+    pub(crate) fn due_rollouts(&self) -> Vec<(String, RolloutWish)> {
+        let would_decide: Vec<_> = {
+            let slots = self.slots();
+            let rollouts = slots.rollouts.iter().filter(|(name, rollout)| {
+                own_version(&slots, name).is_some_and(|own| hashes(own) == rollout.wish.from)
+            });
+            rollouts
+                .map(|(name, rollout)| (name.clone(), rollout.clone()))
+                .collect()
+        };
+        let due = would_decide
+            .into_iter()
+            .filter(|(name, rollout)| match &rollout.version {
+                StagedVersion::Loading { due, .. } => *due <= Instant::now(),
+                StagedVersion::Missing(stamps) | StagedVersion::Refused { stamps, .. } => {
+                    *stamps != self.stamps(name)
+                }
+                StagedVersion::Loaded(_) | StagedVersion::Withdrawn { .. } => false,
+            });
+        due.map(|(name, rollout)| (name, rollout.wish)).collect()
+    }
+
+    /// Loads the version of a roll-out. Other plugins are loaded meanwhile.
+    ///
+    /// Compiles, so it may take minutes, unless the version is not wanted any more; not for an async
+    /// thread. `is_cancelled`: whether the node shuts down.
+    pub(crate) fn load_rollout(
+        &self,
+        name: &str,
+        wish: &RolloutWish,
+        is_cancelled: impl Fn() -> bool,
+    ) {
+        let Some(own) = own_version(&self.slots(), name).cloned() else {
+            return;
+        };
+        let stamps = self.stamps(name);
+        let is_wanted = || !is_cancelled() && self.wants(name, wish);
+        let loaded = match self.load_staged(name, wish, &own, is_wanted) {
+            Ok(Loaded::Cancelled) => return,
+            loaded => loaded,
+        };
+        let mut slots = self.slots();
+        let version = match loaded {
+            Ok(Loaded::Version(plugin, settings)) => {
+                let slot = slots.by_name.entry(name.to_owned()).or_default();
+                slot.n_generations += 1;
+                let number = slot.n_generations;
+                tracing::info!(
+                    plugin.name = name,
+                    plugin.generation = number,
+                    plugin.hash = plugin.hash(),
+                    "plugin version of a roll-out loaded"
+                );
+                // On probation: if it fails too often, it is withdrawn from all nodes.
+                let generation = Generation::new(*plugin, number, settings, true, Instant::now());
+                StagedVersion::Loaded(Arc::new(generation))
+            }
+            Ok(_) => StagedVersion::Missing(stamps),
+            Err(Failure {
+                reason,
+                is_transient: true,
+                ..
+            }) => StagedVersion::Loading {
+                reason: format!("it {reason}"),
+                due: Instant::now() + TRY_AGAIN_AFTER,
+            },
+            Err(Failure { reason, .. }) => {
+                tracing::error!(
+                    plugin.name = name,
+                    "plugin version of a roll-out not loaded: it {reason}"
+                );
+                StagedVersion::Refused { reason, stamps }
+            }
+        };
+        // Another one may be wanted by now.
+        if let Some(rollout) = slots.rollouts.get_mut(name).filter(|now| now.is_for(wish)) {
+            rollout.version = version;
+            self.publish(&slots);
+        }
+    }
+
+    /// Whether this version is still that of a roll-out.
+    fn wants(&self, name: &str, wish: &RolloutWish) -> bool {
+        let slots = self.slots();
+        slots.rollouts.get(name).is_some_and(|now| now.is_for(wish))
     }
 
     /// The plugins whose rolled-out version failed on too many events, with that version and the
     /// reason.
     pub fn failed_rollouts(&self) -> Vec<(String, VersionHashes, String)> {
         let slots = self.slots();
-        let failed = slots
-            .rollouts
-            .iter()
-            .filter(|(_, rollout)| rollout.has_failed);
-        failed
-            .map(|(name, rollout)| {
-                let to = rollout.wish.to.clone();
-                (name.clone(), to, rollout.state.reason.clone())
-            })
-            .collect()
+        let failed = slots.rollouts.iter().filter_map(|(name, rollout)| {
+            let StagedVersion::Withdrawn { reason } = &rollout.version else {
+                return None;
+            };
+            Some((name.clone(), rollout.wish.to.clone(), reason.clone()))
+        });
+        failed.collect()
     }
 
     /// The reports on all candidates in shadow, by plugin.
@@ -183,126 +457,26 @@ impl Registry {
         reports.collect()
     }
 
-    /// This node's own version of an active plugin.
-    fn own_version(&self, name: &str) -> Option<(Arc<Generation>, VersionHashes)> {
-        let chain = self.chain();
-        let mut generations = chain.generations();
-        let own = generations.find(|generation| generation.plugin.name().as_str() == name)?;
-        Some((Arc::clone(own), hashes(own)))
-    }
-
-    fn rollout(
-        &self,
-        _: &MutexGuard<'_, ()>,
-        name: &str,
-        wish: &RolloutWish,
-        before: Option<&ActiveRollout>,
-    ) -> ActiveRollout {
-        let stamps = self.staged(name).map(|path| {
-            let file = fs::metadata(path).ok()?;
-            Some((file.modified().ok()?, file.len()))
-        });
-        let part = |state, own: &VersionHashes, reason: &str, generation| ActiveRollout {
-            wish: wish.clone(),
-            state: RolloutState {
-                state,
-                at_ms: wish.at_ms,
-                hash: own.file.clone(),
-                config_hash: own.config.clone(),
-                reason: reason.to_owned(),
-            },
-            generation,
-            stamps,
-            has_failed: false,
-        };
-        let Some((generation, own)) = self.own_version(name) else {
-            let none = VersionHashes {
-                file: String::new(),
-                config: String::new(),
-            };
-            return part(
-                RolloutStatus::Missing,
-                &none,
-                "the plugin is not active",
-                None,
-            );
-        };
-        if own == wish.to {
-            return part(RolloutStatus::Own, &own, "", None);
-        }
-        if own != wish.from {
-            let reason = "its own version has changed since the roll-out began";
-            return part(RolloutStatus::OtherVersion, &own, reason, None);
-        }
-        // Of the same roll-out, possibly with another share.
-        let same =
-            before.filter(|before| before.wish.to == wish.to && before.wish.from == wish.from);
-        let is_current = |same: &ActiveRollout| {
-            let is_of_own = (&same.state.hash, &same.state.config_hash) == (&own.file, &own.config);
-            match same.state.state {
-                RolloutStatus::Ready => same.generation.is_some(),
-                // Tried again when a staged file changes.
-                RolloutStatus::Missing | RolloutStatus::Failed => {
-                    is_of_own && (same.has_failed || same.stamps == stamps)
-                }
-                RolloutStatus::Own | RolloutStatus::OtherVersion => false,
-            }
-        };
-        if let Some(same) = same.filter(|same| is_current(same)) {
-            return ActiveRollout {
-                wish: wish.clone(),
-                state: RolloutState {
-                    at_ms: wish.at_ms,
-                    ..same.state.clone()
-                },
-                ..same.clone()
-            };
-        }
-        match self.load_staged(name, wish, &generation) {
-            Ok(Some(generation)) => {
-                tracing::info!(
-                    plugin.name = name,
-                    plugin.generation = generation.number,
-                    plugin.hash = generation.plugin.hash(),
-                    "plugin version of a roll-out loaded"
-                );
-                part(RolloutStatus::Ready, &own, "", Some(Arc::new(generation)))
-            }
-            Ok(None) => {
-                let [file, config] = self.staged(name);
-                let reason = format!(
-                    "it does not have this version; copy {} and {} of a node that has it to its plugin folder",
-                    file_name(&file),
-                    file_name(&config)
-                );
-                part(RolloutStatus::Missing, &own, &reason, None)
-            }
-            Err(reason) => {
-                tracing::error!(
-                    plugin.name = name,
-                    "plugin version of a roll-out not loaded: it {reason}"
-                );
-                part(RolloutStatus::Failed, &own, &reason, None)
-            }
-        }
-    }
-
-    /// Loads a version from the staged files. `None`: they do not hold it.
+    /// Loads a version from the staged files.
+    ///
+    /// # Errors
+    /// The version cannot be loaded.
     fn load_staged(
         &self,
         name: &str,
         wish: &RolloutWish,
         own: &Generation,
-    ) -> Result<Option<Generation>, String> {
+        is_wanted: impl Fn() -> bool,
+    ) -> Result<Loaded, Failure> {
         let [file, config] = self.staged(name);
         let max = own.settings.limits().file_bytes;
         let bytes = if wish.to.file == own.plugin.hash() {
-            self.active_file(name, own).map_err(|e| e.to_string()).ok()
+            self.active_file(name, own).ok()
         } else {
             folder::read(&file, max).ok().map(Into::into)
         };
         let Some(bytes) = bytes.filter(|bytes| file_hash(bytes) == wish.to.file) else {
-            return Ok(None);
+            return Ok(Loaded::Missing);
         };
         let settings = if wish.to.config == short_hash(own.plugin.config_hash()) {
             own.settings.clone()
@@ -310,30 +484,28 @@ impl Registry {
             let text = folder::read(&config, MAX_BYTES).ok();
             let text = text.and_then(|text| String::from_utf8(text).ok());
             let Some(section) = text.and_then(|text| Section::parse(name, &text).ok()) else {
-                return Ok(None);
+                return Ok(Loaded::Missing);
             };
             section.settings
         };
-        let plugin = self
-            .load_bytes(name, &bytes, &settings)
-            .map_err(|failure| failure.reason)?;
-        if short_hash(plugin.config_hash()) != wish.to.config {
-            return Ok(None);
-        }
-        let number = {
-            let mut slots = self.slots();
-            let slot = slots.by_name.entry(name.to_owned()).or_default();
-            slot.n_generations += 1;
-            slot.n_generations
+        // A pinned hash restricts the own file; that of the version is the wanted one.
+        let settings = Settings {
+            sha256: None,
+            ..settings
         };
-        // On probation: if it fails too often, it is withdrawn from all nodes.
-        Ok(Some(Generation::new(
-            plugin,
-            number,
-            settings,
-            true,
-            Instant::now(),
-        )))
+        // Keeps the code until it is loaded. Errors are left to the load.
+        let code = self.begin_to_compile(&bytes, &settings).ok();
+        while let Some(code) = code.as_ref().filter(|code| !code.has_ended()) {
+            if !is_wanted() {
+                return Ok(Loaded::Cancelled);
+            }
+            code.wait_until(Instant::now() + LOOK_EVERY);
+        }
+        let plugin = self.load_bytes(name, &bytes, &settings)?;
+        if short_hash(plugin.config_hash()) != wish.to.config {
+            return Ok(Loaded::Missing);
+        }
+        Ok(Loaded::Version(Box::new(plugin), settings))
     }
 
     /// Checks a version and stages its files in the plugin folder. Returns the own version and the
@@ -352,9 +524,8 @@ impl Registry {
         let _code = self.compile_parts(name, &parts);
         let loading = self.begin_loading();
         let Candidate { plugin, source, .. } = self.candidate(&loading, name, parts)?;
-        let (_, own) = self
-            .own_version(name)
-            .ok_or_else(|| AdminError::Unknown(name.to_owned()))?;
+        let own = own_version(&self.slots(), name).map(|own| hashes(own));
+        let own = own.ok_or_else(|| AdminError::Unknown(name.to_owned()))?;
         let to = VersionHashes {
             file: plugin.hash().to_owned(),
             config: short_hash(plugin.config_hash()),
@@ -388,17 +559,22 @@ impl Registry {
         ["wasm", "toml"].map(|kind| dir.join(format!(".{name}.next.{kind}")))
     }
 
+    fn stamps(&self, name: &str) -> Stamps {
+        self.staged(name).map(|path| {
+            let file = fs::metadata(path).ok()?;
+            Some((file.modified().ok()?, file.len()))
+        })
+    }
+
     /// Withdraws a rolled-out version that failed on too many events, if this is one.
     pub(super) fn fail_rollout(&self, name: &str, number: u64, reason: &str) {
         let mut slots = self.slots();
         let Some(rollout) = slots.rollouts.get_mut(name) else {
             return;
         };
-        let is_it = |generation: &Arc<Generation>| generation.number == number;
         if rollout
-            .generation
-            .take_if(|generation| is_it(generation))
-            .is_none()
+            .generation()
+            .is_none_or(|generation| generation.number != number)
         {
             return;
         }
@@ -407,11 +583,53 @@ impl Registry {
             plugin.generation = number,
             "plugin version of a roll-out withdrawn: it {reason}"
         );
-        rollout.has_failed = true;
-        rollout.state.state = RolloutStatus::Failed;
-        reason.clone_into(&mut rollout.state.reason);
+        rollout.version = StagedVersion::Withdrawn {
+            reason: reason.to_owned(),
+        };
         self.publish(&slots);
     }
+}
+
+/// What became of loading a version.
+enum Loaded {
+    Version(Box<Plugin>, Settings),
+    /// The staged files do not hold it.
+    Missing,
+    /// It is not wanted any more.
+    Cancelled,
+}
+
+/// The rolled-out versions that decide: plugin, generation and partition.
+fn deciding(rollouts: &BTreeMap<String, ActiveRollout>) -> BTreeSet<(&str, u64, PartitionNumber)> {
+    let mut deciding = BTreeSet::new();
+    for (name, rollout) in rollouts {
+        if let Some(generation) = rollout.generation() {
+            let partitions = rollout.wish.partitions.iter();
+            deciding.extend(partitions.map(|partition| (&name[..], generation.number, *partition)));
+        }
+    }
+    deciding
+}
+
+/// This node's own version of an active plugin.
+fn own_version<'s>(slots: &'s Slots, name: &str) -> Option<&'s Arc<Generation>> {
+    slots.by_name.get(name)?.running.as_ref()
+}
+
+/// The plugins for whose rolled-out versions events wait, by partition.
+pub(super) fn awaited_by_partition(slots: &Slots) -> BTreeMap<PartitionNumber, Vec<String>> {
+    let mut awaited: BTreeMap<PartitionNumber, Vec<String>> = BTreeMap::new();
+    for (name, rollout) in &slots.rollouts {
+        let is_loading = matches!(rollout.version, StagedVersion::Loading { .. });
+        let would_decide =
+            || own_version(slots, name).is_some_and(|own| hashes(own) == rollout.wish.from);
+        if rollout.is_awaited && is_loading && would_decide() {
+            for partition in &rollout.wish.partitions {
+                awaited.entry(*partition).or_default().push(name.clone());
+            }
+        }
+    }
+    awaited
 }
 
 /// The chains of the partitions in which a rolled-out version decides. `chain`: that of the others.
@@ -421,7 +639,7 @@ pub(super) fn chains_by_partition(
 ) -> BTreeMap<PartitionNumber, Arc<Chain>> {
     let mut by_partition: BTreeMap<PartitionNumber, Arc<Chain>> = BTreeMap::new();
     for rollout in rollouts.values() {
-        let Some(generation) = &rollout.generation else {
+        let Some(generation) = rollout.generation() else {
             continue;
         };
         // A change of the node's own version ends its part at once.
@@ -445,11 +663,4 @@ fn hashes(generation: &Generation) -> VersionHashes {
         file: generation.plugin.hash().to_owned(),
         config: short_hash(generation.plugin.config_hash()),
     }
-}
-
-fn file_name(path: &Path) -> String {
-    path.file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned()
 }

@@ -35,6 +35,9 @@ pub(super) struct Slots {
     pub(super) by_name: BTreeMap<String, Slot>,
     /// The roll-outs, by plugin.
     pub(super) rollouts: BTreeMap<String, ActiveRollout>,
+    pub(super) has_read_rollouts: bool,
+    /// How often a rolled-out version was withdrawn from a partition.
+    pub(super) n_withdrawals: u64,
 }
 
 /// The record of one plugin. It is kept after the plugin is gone, so that generation numbers are
