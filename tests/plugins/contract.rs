@@ -6,6 +6,8 @@ use std::fs;
 
 use serde_json::{Value, json};
 
+use crate::harness::command::{output_of, pointsman};
+use crate::harness::eventually;
 use crate::harness::guests::{component_of, contract, core_module};
 use crate::harness::node::{Folder, Node, SOON};
 use crate::harness::plugins::{Plugins, Site};
@@ -286,7 +288,7 @@ rows = [{ value = "P1", priority = "Urgent" }]
     // Without a filter, an unknown word is still a dead letter with the fix.
     node.publisher()
         .publish(&[event("e", "t", json!({ "user": "ann", "priority": "P2" }))]);
-    let reason = crate::harness::eventually(SOON, "a dead letter", || {
+    let reason = eventually(SOON, "a dead letter", || {
         let letters = node.request("GET", "/v1/dead-letters").json();
         letters["dead_letters"][0]["reason"]
             .as_str()
@@ -329,4 +331,114 @@ fn a_component_of_this_and_a_later_version_is_accepted() {
 fn nested(text: &str) -> String {
     let (head, rest) = text.split_once(';').expect("a package");
     format!("{head} {{ {rest} }}\n")
+}
+
+/// The rules of a router with this many slots of its own.
+fn with_slots(plugin: &str, n: usize) -> String {
+    let rules = (0..n).map(|n| {
+        format!("[[plugins.{plugin}.config.rules]]\nto.user = 'ann'\nslot = '{plugin}-{n}'\n")
+    });
+    format!(
+        "[plugins.{plugin}]\ndeadline = '1s'\n{}",
+        rules.collect::<String>()
+    )
+}
+
+/// Each router keeps the limit of 8, so only the host sees the sum.
+#[test]
+fn the_slots_of_all_routers_count_together_in_a_commit_a_dry_run_and_a_backtest() {
+    let (folder, files) = (Folder::new(), Folder::new());
+    for name in ["rules", "others"] {
+        let path = folder.path().join(format!("{name}.wasm"));
+        fs::write(path, core_module("rules")).expect("write a plugin");
+    }
+    let config = with_slots("rules", 5) + &with_slots("others", 3);
+    let node = Node::builder()
+        .plugins(folder.path())
+        .config(&config)
+        .start();
+    let mut stream = node.stream("ann");
+    node.publisher().publish(&[event("eight", "t", json!({}))]);
+    for _ in 0..8 {
+        assert_eq!(stream.next_notification(SOON).id, "eight");
+    }
+    let refused = "the routes of all routers have 9 slots; the limit is 8; use fewer";
+
+    // What the candidate would do to it.
+    let more = files.path().join("more.toml");
+    fs::write(&more, with_slots("others", 4)).expect("write a configuration");
+    let more = more.to_str().expect("UTF-8");
+    let backtest = |config: &str| -> Value {
+        let said = output_of(&mut pointsman(&[
+            "plugin",
+            "backtest",
+            "others",
+            "--config",
+            config,
+            "--json",
+            "--url",
+            &node.admin_url(""),
+        ]));
+        serde_json::from_str(&said).expect("JSON")
+    };
+    let report = backtest(more);
+    assert_eq!(
+        (&report["compared"], &report["different"], &report["failed"]),
+        (&json!(1), &json!(1), &json!(1)),
+        "{report:#}"
+    );
+    let difference = &report["differences"][0];
+    assert_eq!(difference["old"]["verdict"], "routes");
+    assert_eq!(
+        (&difference["new"]["verdict"], &difference["new"]["reason"]),
+        (&json!("failed"), &json!(refused))
+    );
+
+    // The same as its own configuration: the dry run and the commit agree with the backtest.
+    node.reconfigure(&(with_slots("rules", 5) + &with_slots("others", 4)));
+    eventually(SOON, "the configuration is active", || {
+        (node.admin("/v1/plugins/others").json()["generation"] == 2).then_some(())
+    });
+    let nine = event("nine", "t", json!({}));
+    let json = [("content-type", "application/cloudevents+json")];
+    let path = "/v1/events?dry_run=true";
+    let dry_run = node.send("POST", path, &json, nine.to_string().as_bytes());
+    assert!(
+        dry_run.status == 200
+            && dry_run.body.contains(refused)
+            && dry_run.body.contains("dead-lettered"),
+        "{dry_run:?}"
+    );
+    node.publisher().publish(&[nine]);
+    let letters = eventually(SOON, "the event is a dead letter", || {
+        let letters = node.request("GET", "/v1/dead-letters").json();
+        let reason = letters["dead_letters"][0]["reason"].as_str();
+        reason.map(str::to_owned)
+    });
+    assert_eq!(letters, refused);
+
+    // A dead letter of the past: refused again, it is no difference; with fewer slots, it is one.
+    let report = backtest(more);
+    assert_eq!(
+        (&report["compared"], &report["different"], &report["failed"]),
+        (&json!(2), &json!(1), &json!(1)),
+        "{report:#}"
+    );
+    let fewer = files.path().join("fewer.toml");
+    fs::write(&fewer, with_slots("others", 3)).expect("write a configuration");
+    let report = backtest(fewer.to_str().expect("UTF-8"));
+    let difference = &report["differences"][0];
+    assert_eq!(
+        (
+            &report["different"],
+            &report["failed"],
+            &difference["event"]["id"]
+        ),
+        (&json!(1), &json!(0), &json!("nine")),
+        "{report:#}"
+    );
+    assert_eq!(
+        (&difference["old"]["verdict"], &difference["new"]["verdict"]),
+        (&json!("failed"), &json!("routes"))
+    );
 }

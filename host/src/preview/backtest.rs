@@ -24,6 +24,7 @@ use crate::event::{
     PartitionNumber, Plan, Verdict, VerdictKind,
 };
 use crate::ingest::pipeline::{DryRunner, Evaluation, Resolution};
+use crate::ingest::proposal::check_plan;
 use crate::plugin::Role;
 use crate::plugin::registry::generation::Chain;
 use crate::plugin::registry::{CandidateChain, Registry};
@@ -270,7 +271,7 @@ async fn compare(
         .map(|(event, (_, _, decision))| (event.clone(), decision.clock_ms))
         .collect();
     let mut evaluations = thread.evaluate(calls).await.into_iter();
-    for (event, (_, first, decision)) in events {
+    for (event, (outcome, first, decision)) in events {
         let Some(evaluation) = evaluations.next() else {
             report.not_compared(TIMED_OUT);
             continue;
@@ -286,7 +287,12 @@ async fn compare(
                 whole
             })
         });
-        match compare_decisions(plugin, &decision.verdicts, record.as_ref(), &evaluation) {
+        let past = Past {
+            verdicts: &decision.verdicts,
+            record: record.as_ref(),
+            is_refused: outcome == Outcome::DeadLettered && !has_failure(&decision.verdicts),
+        };
+        match compare_decisions(plugin, &past, &evaluation) {
             Err(reason) => report.not_compared(reason),
             Ok(sides) => report.note(&event, decision.clock_ms, &sides),
         }
@@ -319,14 +325,32 @@ impl BacktestReport {
     }
 }
 
+/// The decision about an event in the past.
+struct Past<'a> {
+    verdicts: &'a [Verdict],
+    record: Option<&'a Notification>,
+    /// Whether the plan of all routers could not be committed.
+    is_refused: bool,
+}
+
+/// Whether the event may be a dead letter because of a plugin. Otherwise it is one because its plan
+/// could not be committed.
+fn has_failure(verdicts: &[Verdict]) -> bool {
+    verdicts.iter().any(|verdict| {
+        matches!(
+            verdict.verdict,
+            VerdictKind::Rejected | VerdictKind::Retry | VerdictKind::Failed
+        )
+    })
+}
+
 /// The recorded and the new decision for each role of the plugin.
 ///
 /// # Errors
 /// Why they cannot be compared.
 fn compare_decisions(
     plugin: &Name,
-    recorded: &[Verdict],
-    record: Option<&Notification>,
+    past: &Past<'_>,
     now: &Evaluation,
 ) -> Result<Vec<(Role, PluginDecision, PluginDecision)>, &'static str> {
     let of_plugin = |verdicts: &[Verdict]| -> Vec<Verdict> {
@@ -336,7 +360,8 @@ fn compare_decisions(
             .cloned()
             .collect()
     };
-    let (then, now_verdicts) = (of_plugin(recorded), of_plugin(&now.verdicts));
+    let record = past.record;
+    let (then, now_verdicts) = (of_plugin(past.verdicts), of_plugin(&now.verdicts));
     if then.is_empty() {
         return Err(NOT_CALLED);
     }
@@ -354,6 +379,14 @@ fn compare_decisions(
         )),
         Resolution::Discarded { .. } | Resolution::Unrouted | Resolution::Failed { .. } => None,
     };
+    // As the commit would: the routes of all routers together may be too many.
+    let refused_now = match &now.resolution {
+        Resolution::Planned(plan) => check_plan(&now.event, plan, &now.verdicts).err(),
+        Resolution::Discarded { .. } | Resolution::Unrouted | Resolution::Failed { .. } => None,
+    };
+    let refused_then = past
+        .is_refused
+        .then(|| "the plan of all routers could not be committed".to_owned());
     let mut sides = Vec::new();
     for (then, now_verdict) in then.iter().zip(&now_verdicts) {
         let role = match (role(then.verdict), role(now_verdict.verdict)) {
@@ -373,6 +406,10 @@ fn compare_decisions(
             now_verdict,
             role,
             planned.as_ref().map(|plan| (&now.event, plan)),
+        );
+        let (old, new) = (
+            unless_refused(old, refused_then.as_ref()),
+            unless_refused(new, refused_now.as_ref()),
         );
         match (&old, &new) {
             (PluginDecision::Routes { plan: old }, PluginDecision::Routes { plan: new })
@@ -398,6 +435,16 @@ fn compare_decisions(
         Err(NOT_REACHED)
     } else {
         Ok(sides)
+    }
+}
+
+/// Routes of a plan that cannot be committed end in a dead letter.
+fn unless_refused(decision: PluginDecision, refused: Option<&String>) -> PluginDecision {
+    match (decision, refused) {
+        (PluginDecision::Routes { .. }, Some(reason)) => PluginDecision::Failed {
+            reason: reason.clone(),
+        },
+        (decision, _) => decision,
     }
 }
 
@@ -662,8 +709,12 @@ mod tests {
             ),
             ("p:keep", None, "p:routes", "", Some("u:1"), Err(OTHER_ROLE)),
         ] {
-            let compared =
-                compare_decisions(&name(), &verdicts(then), record, &evaluation(now, more, to));
+            let past = Past {
+                verdicts: &verdicts(then),
+                record,
+                is_refused: false,
+            };
+            let compared = compare_decisions(&name(), &past, &evaluation(now, more, to));
             let compared = compared.map(|sides| sides.iter().all(|(_, old, new)| old.is_same(new)));
             assert_eq!(compared, expect, "{then} and {now}");
         }
