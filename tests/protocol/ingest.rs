@@ -18,7 +18,7 @@ use pointsman::telemetry::readiness::Readiness;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::faulty_broker::{At, Op, Puppet};
+use super::faulty_broker::{At, Op, Puppet, Stop};
 use super::fixture::{Client, SOURCE, Stage, now_ms, target, until};
 use super::on_each_broker;
 use crate::harness::engine;
@@ -29,6 +29,7 @@ on_each_broker! {
     entries_read_by_a_stalled_owner_are_read_again_by_the_next,
     a_later_batch_never_overtakes_an_earlier_one,
     the_next_owner_continues_a_half_written_plan_and_does_not_plan_again,
+    the_next_owner_continues_a_plan_with_slots_after_any_slice,
     four_owners_that_believe_they_hold_the_lease_commit_in_order_exactly_once,
     each_outcome_is_counted_once_when_requests_or_replies_are_lost,
     an_entry_without_an_id_is_never_a_duplicate,
@@ -367,6 +368,162 @@ async fn the_next_owner_continues_a_half_written_plan_and_does_not_plan_again(st
     );
     assert!((began_ms..=now_ms()).contains(&made.clock_ms), "{made:?}");
     next.stop().await;
+}
+
+/// A pipeline that routes each event to the recipients that it names, in two slots.
+fn in_two_slots() -> Pipeline {
+    static PIPELINE: OnceLock<(Pipeline, Folder)> = OnceLock::new();
+    let (pipeline, _) = PIPELINE.get_or_init(|| {
+        let folder = Folder::new();
+        std::fs::write(folder.path().join("rules.wasm"), core_module("rules"))
+            .expect("write a plugin");
+        let rule = |slot: &str| {
+            format!("[[plugins.rules.config.rules]]\nto.users = ['{{/users}}']\nslot = '{slot}'\n")
+        };
+        // The deadline is long, so that a busy machine does not fail the test.
+        let text = format!(
+            "[plugins.rules]\ndeadline = '1s'\n{}{}",
+            rule("summary"),
+            rule("detail")
+        );
+        let config: toml::Table = toml::from_str(&text).expect("TOML");
+        let plugins = Plugins {
+            dir: Some(folder.path().to_owned()),
+            ..config["plugins"].clone().try_into().expect("a section")
+        };
+        let registry = Registry::load(engine(), plugins, Metrics::default()).expect("plugins");
+        let pipeline = Pipeline::start(Arc::new(registry), true, Metrics::default());
+        (pipeline.expect("threads"), folder)
+    });
+    pipeline.clone()
+}
+
+/// Users of a plan with two slots: the third of five slices has targets of both.
+const N_IN_SLOTS: usize = 2_250;
+
+/// Appends an event for all of them.
+async fn append_for_slots(stage: &Stage, id: &str) {
+    let users: Vec<String> = (0..N_IN_SLOTS).map(|k| format!("user{k}")).collect();
+    let data = serde_json::json!({ "users": users }).to_string();
+    let large = vec![
+        field("type", "t"),
+        field("id", id),
+        field("datacontenttype", "application/json"),
+        field("data", &data),
+    ];
+    let appended = stage.puppet.broker.append(stage.p, vec![large]).await;
+    appended.expect("append");
+}
+
+/// Asserts that the newest of each user's `n_events` events are the notifications of both slots, with
+/// ids that follow each other, and that nothing is there twice.
+async fn assert_both_slots(stage: &Stage, first: NotificationId, n_events: usize) {
+    let both = [first, NotificationId(first.0 + 1)];
+    for k in 0..N_IN_SLOTS {
+        let log = target(&format!("u:user{k}"));
+        let page = stage
+            .puppet
+            .broker
+            .page(stage.p, &log, NotificationId(0), 10);
+        let page = page.await.expect("page");
+        let ids: Vec<NotificationId> = page.entries.iter().map(|entry| entry.0).collect();
+        assert_eq!(ids.len(), 2 * n_events, "user{k}");
+        assert_eq!(ids[ids.len() - 2..], both, "user{k}");
+    }
+    let records = stage.puppet.broker.records(stage.p, &both).await;
+    let slots = records.expect("records").into_iter().map(|record| {
+        let record: serde_json::Value =
+            serde_json::from_slice(&record.expect("a record")).expect("JSON");
+        record["plan"][0]["slot"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    });
+    assert_eq!(slots.collect::<Vec<_>>(), ["summary", "detail"]);
+}
+
+/// Lets an owner that has stopped after a slice write `n` more.
+async fn after_slices(owner: &Puppet, mut stop: Stop, n: usize) -> Stop {
+    for _ in 0..n {
+        let next = owner.stop(At::After(Op::Slice));
+        stop.go();
+        stop = next;
+        stop.reached().await;
+    }
+    stop
+}
+
+/// The owner dies after each of the slices in turn, of which one has targets of both slots. The next
+/// owner, which has no plugins, completes both notifications.
+async fn the_next_owner_continues_a_plan_with_slots_after_any_slice(stage: Stage) {
+    let a = stage.another().await;
+    for n_written in 1..=4_usize {
+        let b = stage.another().await;
+        let mut stop = a.stop(At::After(Op::Slice));
+        append_for_slots(&stage, &format!("large{n_written}")).await;
+        let owner = Owner::start(&a, "a", in_two_slots());
+        stop.reached().await;
+        let stop = after_slices(&a, stop, n_written - 1).await;
+        owner.kill().await;
+        drop(stop);
+        let head = stage.head().await;
+        assert_eq!(head.position.slices as usize, n_written);
+        let pending = head.pending.expect("a plan is half-written");
+        let next = Owner::start(&b, "b", pipeline(None));
+        let count = drained(&stage).await;
+        assert_eq!(count(Outcome::Committed), n_written as u64);
+        next.stop().await;
+        let decisions = stage.puppet.broker.decisions(stage.p, 1).await;
+        let (_, _, first, made) = decisions.expect("decisions").remove(0);
+        let first = first.expect("it was committed");
+        // Until the end, the pending id is that of the last slot.
+        assert_eq!(pending, NotificationId(first.0 + 1));
+        assert_eq!(made.slots, ["summary", "detail"]);
+        assert_both_slots(&stage, first, n_written).await;
+    }
+}
+
+/// A fail-over takes back the second half of a plan with slots, or all of it. The owner goes on and
+/// every user gets both notifications.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fail_over_within_a_plan_with_slots_loses_and_repeats_neither() {
+    for n_kept in [0, 1, 3_usize] {
+        let stage = Stage::redis().await;
+        let a = stage.another().await;
+        append_for_slots(&stage, "large").await;
+        if n_kept == 0 {
+            stage.server().snapshot();
+        }
+        let mut stop = a.stop(At::After(Op::Slice));
+        let owner = Owner::start(&a, "a", in_two_slots());
+        stop.reached().await;
+        if n_kept > 0 {
+            stop = after_slices(&a, stop, n_kept - 1).await;
+            stage.server().snapshot();
+            stop = after_slices(&a, stop, 2).await;
+        }
+        stage.server().fail_over();
+        stop.go();
+        // The connection stays open, so that an owner without anything to commit would not notice.
+        let next = vec![field("type", "t"), field("id", "next")];
+        let appended = stage.puppet.broker.append(stage.p, vec![next]).await;
+        appended.expect("append");
+        let count = drained(&stage).await;
+        assert_eq!(
+            (count(Outcome::Committed), count(Outcome::Unrouted)),
+            (1, 1),
+            "{n_kept} slices kept"
+        );
+        let decisions = stage.puppet.broker.decisions(stage.p, 9).await;
+        let decisions = decisions.expect("decisions");
+        // Newest first.
+        let [_, (_, _, Some(first), made)] = &decisions[..] else {
+            panic!("not two decisions: {decisions:?}")
+        };
+        assert_eq!(made.slots, ["summary", "detail"]);
+        assert_both_slots(&stage, *first, 1).await;
+        owner.stop().await;
+    }
 }
 
 /// Four complete owners, each with its own plugins and batches, all believe that they hold the
