@@ -2,7 +2,7 @@
 //! opens automatically, an admin command is in effect when its response arrives, and a
 //! configuration change takes effect without a restart.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::process::Command;
 use std::time::Duration;
@@ -64,7 +64,11 @@ fn a_failing_version_is_rolled_back_automatically_and_its_dead_letters_can_be_re
     let plugin = shown(node);
     assert_eq!(
         (&plugin["state"], &plugin["generation"], &plugin["hash"]),
-        (&json!("active"), &json!(1), &json!(hash(&versioned(1))))
+        (
+            &json!("active"),
+            &json!(1),
+            &json!(&hash(&versioned(1))[..12])
+        )
     );
     assert_eq!(
         (&plugin["failed_hash"], &plugin["refusal"]["hash"]),
@@ -1059,4 +1063,104 @@ fn an_upload_to_a_folder_that_cannot_be_written_is_a_conflict() {
                 .contains("make the folder writable for this node"),
         "{answer:?}"
     );
+}
+
+/// The series of a metric, by their labels.
+fn series(node: &Node, metric: &str) -> BTreeMap<String, f64> {
+    let page = node.admin("/metrics").body;
+    let series = page.lines().filter_map(|line| {
+        let (labels, value) = line.strip_prefix(metric)?.split_once(' ')?;
+        let labels = labels.strip_prefix('{')?.strip_suffix('}')?;
+        Some((labels.to_owned(), value.parse().ok()?))
+    });
+    series.collect()
+}
+
+#[test]
+fn the_metrics_of_a_plugin_count_what_it_decided_holds_and_cost() {
+    let cache = Folder::new();
+    let plugins = Plugins::new(&[
+        ("versioned.wasm", versioned(1)),
+        ("discard.wasm", core_module("discard")),
+    ]);
+    let node = Node::builder()
+        .plugins(plugins.dir())
+        .environment(
+            "POINTSMAN_PLUGINS_CACHE",
+            cache.path().join("code").to_str().expect("UTF-8"),
+        )
+        .config("[plugins.versioned]\ndeadline = '1s'\n[[plugins.discard.config.rules]]\nmatch.type = 'noise'\n")
+        .start();
+    let mut stream = node.stream("7");
+    let to = |id: &str, kind: &str| event(id, kind, json!({ "user": "7" }));
+    node.publisher().publish(&[
+        to("e1", "t"),
+        to("e2", "noise"),
+        to("e3", "noise"),
+        to("e4", "t"),
+    ]);
+    for id in ["e1", "e4"] {
+        assert_eq!(stream.next_notification(SOON).id, id);
+    }
+    let verdicts = |expected: &[(&str, f64)]| {
+        let expected = expected
+            .iter()
+            .map(|(labels, n)| ((*labels).to_owned(), *n));
+        let expected: BTreeMap<String, f64> = expected.collect();
+        eventually(SOON, "the verdicts are counted", || {
+            let found = series(&node, "pointsman_plugin_verdicts_total");
+            (found == expected).then_some(())
+        });
+    };
+    verdicts(&[
+        ("plugin=\"discard\",verdict=\"drop\"", 2.0),
+        ("plugin=\"versioned\",verdict=\"routes\"", 2.0),
+    ]);
+    // The cache was empty, so both were compiled, which took time.
+    let compiled = series(&node, "pointsman_plugin_compile_seconds_total");
+    for plugin in ["discard", "versioned"] {
+        let labels = format!("plugin=\"{plugin}\"");
+        assert!(compiled[&labels] > 0.0, "{compiled:?}");
+    }
+    // At least a page of each is kept for the next event.
+    eventually(SOON, "instances hold memory", || {
+        let memory = series(&node, "pointsman_plugin_memory_bytes");
+        let bytes = memory.get("plugin=\"versioned\"")?;
+        (*bytes >= 65_536.0).then_some(())
+    });
+    let info = |plugin: &str| -> Vec<String> {
+        let all = series(&node, "pointsman_plugin_info").into_iter();
+        let prefix = format!("plugin=\"{plugin}\",");
+        let own = all.filter(|(labels, n)| *n == 1.0 && labels.starts_with(&prefix));
+        own.map(|(labels, _)| labels).collect()
+    };
+    let [before] = &info("versioned")[..] else {
+        panic!("not one version: {:?}", info("versioned"))
+    };
+    assert!(
+        before.contains("version=\"0.1.0\"")
+            && before.contains(&format!(",hash=\"{}\"", &hash(&versioned(1))[..12]))
+            && before.contains("config_hash=\""),
+        "{before}"
+    );
+    // One series for the active version, never of both.
+    let answer = node.order("PUT", "/v1/plugins/versioned", &[], &versioned(2));
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let after = info("versioned");
+    assert!(
+        after.len() == 1 && after[0].contains(&format!(",hash=\"{}\"", &hash(&versioned(2))[..12])),
+        "{after:?}"
+    );
+    let discards = info("discard");
+    node.reconfigure("[plugins.versioned]\ndeadline = '1s'\n[[plugins.discard.config.rules]]\nmatch.type = 'other'\n");
+    eventually(SOON, "another configuration hash", || {
+        let now = info("discard");
+        (now.len() == 1 && now != discards).then_some(())
+    });
+    node.publisher().publish(&[to("e5", "noise")]);
+    assert_eq!(stream.next_notification(SOON).id, "e5");
+    verdicts(&[
+        ("plugin=\"discard\",verdict=\"drop\"", 2.0),
+        ("plugin=\"versioned\",verdict=\"routes\"", 3.0),
+    ]);
 }

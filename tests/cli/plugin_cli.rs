@@ -416,6 +416,54 @@ fn a_failing_plugin_is_reported_with_the_limit_that_it_exceeded() {
 }
 
 #[test]
+fn each_line_of_the_events_may_have_a_clock_of_its_own() {
+    let place = Elsewhere::new("clocks");
+    let (file, events) = (place.join("unruly.wasm"), place.join("events.jsonl"));
+    let golden = place.join("golden.json");
+    fs::write(&file, core_module("unruly")).expect("write it");
+    let of = |id: &str| json!({ "type": "t", "id": id, "time": "2026-03-01T00:00:00Z" });
+    let timed = |id: &str, clock: &str| json!({ "clock": clock, "event": of(id) });
+    let lines = [
+        timed("one", "1970-01-01T00:00:01Z"),
+        timed("two", "1970-01-01T00:00:02Z"),
+        of("three"),
+    ];
+    fs::write(&events, lines.map(|line| line.to_string()).join("\n")).expect("write it");
+    let clocks = |arguments: &[&str]| -> Vec<u64> {
+        output_of(
+            pointsman(&["plugin", "test", text(&file), "--events", text(&events)])
+                .args(["--expect", text(&golden), "--write-golden"])
+                .args(arguments),
+        );
+        let decisions = fs::read_to_string(&golden).expect("the decisions");
+        let clocks = decisions.split("\"clock\":").skip(1);
+        let number = |rest: &str| {
+            let end = rest.find(|c: char| !c.is_ascii_digit());
+            rest[..end.unwrap_or(rest.len())].parse().expect(rest)
+        };
+        clocks.map(number).collect()
+    };
+    let own = 1_772_323_200_000;
+    assert_eq!(clocks(&[]), [1_000, 2_000, own]);
+    // The option is for lines without one.
+    let all = ["--clock", "1970-01-01T00:00:03Z"];
+    assert_eq!(clocks(&all), [1_000, 2_000, 3_000]);
+    let wrong = timed("one", "noon").to_string();
+    fs::write(&events, wrong).expect("write it");
+    let (is_well, said) = said(&mut pointsman(&[
+        "plugin",
+        "test",
+        text(&file),
+        "--events",
+        text(&events),
+    ]));
+    assert!(
+        !is_well && said.contains("events.jsonl: document 1: clock"),
+        "{said}"
+    );
+}
+
+#[test]
 fn inspect_reports_everything_known_before_the_first_failed_check() {
     let place = Elsewhere::new("inspect");
     let inspect = |bytes: &[u8], arguments: &[&str]| {

@@ -2,7 +2,8 @@
 //! the active one, on one node or rolled out over all nodes.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::{Value, json};
 
@@ -10,6 +11,7 @@ use crate::harness::command;
 use crate::harness::eventually;
 use crate::harness::guests::{FAULTY, core_module, versioned};
 use crate::harness::node::{Builder, Folder, Node, SOON};
+use crate::harness::plugins::hash;
 use crate::harness::publish::event;
 use crate::harness::redis::RedisServer;
 
@@ -192,6 +194,78 @@ fn a_promotion_that_the_node_may_not_write_prints_the_change_and_has_no_effect()
     }
     assert_eq!(node.admin("/v1/plugins/rules").json()["generation"], 1);
     assert_eq!(fs::read_to_string(path).expect("its file"), inline);
+}
+
+/// Mounts a folder read-only over itself for as long as this lives.
+struct ReadOnly<'a>(&'a Path);
+
+impl<'a> ReadOnly<'a> {
+    /// `None`: this process may not mount anything.
+    fn mount(folder: &'a Path) -> Option<Self> {
+        let mount = |options: &[&str]| {
+            let mounted = Command::new("mount").args(options).arg(folder).status();
+            mounted.is_ok_and(|status| status.success())
+        };
+        let path = folder.to_str().expect("UTF-8");
+        if !mount(&["--bind", path]) {
+            return None;
+        }
+        let mounted = Self(folder);
+        mount(&["-o", "remount,ro,bind"]).then_some(mounted)
+    }
+}
+
+impl Drop for ReadOnly<'_> {
+    fn drop(&mut self) {
+        Command::new("umount").arg(self.0).status().ok();
+    }
+}
+
+/// As from a ConfigMap: the node reads its plugins from there and cannot write.
+#[test]
+fn a_promotion_on_a_read_only_mount_prints_the_file_to_replace_and_has_no_effect() {
+    let (plugins, files) = (Folder::new(), Folder::new());
+    let own = plugins.path().join("versioned.wasm");
+    fs::write(&own, versioned(1)).expect("write a plugin");
+    let new = files.path().join("new.wasm");
+    fs::write(&new, versioned(2)).expect("write a plugin");
+    let new = new.to_str().expect("UTF-8");
+    let Some(mounted) = ReadOnly::mount(plugins.path()) else {
+        eprintln!("not run: mounting is not permitted here");
+        return;
+    };
+    let node = Node::builder()
+        .plugins(plugins.path())
+        .config("[plugins.versioned]\ndeadline = '1s'\n")
+        .start();
+    plugin(&node, &["shadow", "versioned", new]);
+    for promote in [
+        &["promote", "versioned"][..],
+        &["promote", "versioned", new],
+    ] {
+        let printed = plugin(&node, promote);
+        for expect in [
+            "not promoted: ",
+            own.to_str().expect("UTF-8"),
+            "Read-only file system",
+            &hash(&versioned(2)),
+        ] {
+            assert!(printed.contains(expect), "{expect} is not in {printed}");
+        }
+    }
+    assert_eq!(node.admin("/v1/plugins/versioned").json()["generation"], 1);
+    let mut stream = node.stream("7");
+    node.publisher()
+        .publish(&[event("e1", "t", json!({ "user": "7" }))]);
+    assert_eq!(stream.next_notification(SOON).data["version"], 1);
+    // Neither can it be staged for other nodes.
+    let (is_well, said) = try_plugin(&node, &["rollout", "versioned", new]);
+    assert!(!is_well && said.contains("Read-only file system"), "{said}");
+    // With the folder writable again, the same candidate is promoted.
+    drop(mounted);
+    let promoted = plugin(&node, &["promote", "versioned"]);
+    assert!(promoted.starts_with("promoted versioned "), "{promoted}");
+    assert_eq!(fs::read(&own).expect("its file"), versioned(2));
 }
 
 #[test]
