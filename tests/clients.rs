@@ -64,6 +64,11 @@ fn the_demo_page_shows_each_notification_once_through_cuts_and_an_overtaking_ale
 }
 
 #[test]
+fn htmx_turbo_datastar_and_pages_that_parse_their_payload_show_it_once() {
+    run("pages.test.js");
+}
+
+#[test]
 fn a_reopened_page_shows_each_notification_it_missed_once() {
     run("device.test.js");
 }

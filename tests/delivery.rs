@@ -13,6 +13,7 @@ mod installations;
 mod lone_outage;
 mod malformed_input;
 mod outage;
+mod payload_alone;
 mod position;
 mod priority;
 mod resource_limits;

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::delivery::recipients::{Claims, Reader};
+use crate::delivery::sse::{FramingChoice, TokenExpiry};
 use crate::duration::millis;
 use crate::event::Name;
 use crate::event::criteria::parse_attributes;
@@ -47,6 +48,9 @@ pub struct Config {
     /// The claim that may hold further attributes of the user for requests with this token
     /// (`attributes`; empty: ignored).
     pub attributes_claim: String,
+    /// The claim that may choose the form of notifications on streams with this token, as an object
+    /// with `format` and `event` (`pointsman`; empty: ignored).
+    pub stream_claim: String,
     /// Refuse tokens without `exp`, which would never expire (true).
     pub require_expiry: bool,
     /// The clock difference that the checks of `exp` and `nbf` tolerate (30s).
@@ -75,6 +79,7 @@ impl Default for Config {
             user_claim: "sub".to_owned(),
             groups_claim: "groups".to_owned(),
             attributes_claim: "attributes".to_owned(),
+            stream_claim: "pointsman".to_owned(),
             require_expiry: true,
             leeway: Duration::from_secs(30),
             audience: None,
@@ -110,6 +115,9 @@ pub enum Error {
     /// A token, key or user is missing.
     #[error("{0}")]
     Missing(&'static str),
+    /// The token is valid except that it has expired.
+    #[error("the token has expired")]
+    Expired,
     /// The token, key or user is invalid.
     #[error("{0}")]
     Invalid(String),
@@ -121,13 +129,14 @@ pub enum Error {
     },
 }
 
-/// The reader of a stream, and when the identity expires.
+/// The reader of a stream, and what its token says about the stream.
 #[derive(Clone, Debug)]
 pub struct StreamIdentity {
     pub reader: Reader,
-    /// When the token expires, in milliseconds since the Unix epoch, with the leeway added; the
-    /// stream ends at that time.
-    pub expires_at_ms: Option<u64>,
+    /// When the token expires.
+    pub expiry: Option<TokenExpiry>,
+    /// The form of notifications that the token chooses.
+    pub framing: FramingChoice,
 }
 
 /// The checked `[auth]` section with its loaded secrets.
@@ -239,7 +248,8 @@ impl Auth {
                     Name::parse(&user).map_err(|e| Error::Invalid(e.of("the user").to_string()))?;
                 Ok(StreamIdentity {
                     reader: user.into(),
-                    expires_at_ms: None,
+                    expiry: None,
+                    framing: FramingChoice::default(),
                 })
             }
             (Some(_), None) => Err(Error::Missing(
@@ -284,12 +294,21 @@ impl Auth {
         (key, validation): &(DecodingKey, Validation),
         token: &str,
     ) -> Result<StreamIdentity, Error> {
-        let claims = jsonwebtoken::decode::<serde_json::Map<String, serde_json::Value>>(
-            token, key, validation,
-        )
-        .map_err(|e| {
+        let decode = |validation| {
+            jsonwebtoken::decode::<serde_json::Map<String, serde_json::Value>>(
+                token, key, validation,
+            )
+        };
+        let mut decoded = decode(validation);
+        // Everything else is checked before the client learns that only the time is wrong.
+        let has_expired = matches!(&decoded, Err(e) if *e.kind() == ErrorKind::ExpiredSignature);
+        if has_expired {
+            let mut any_time = validation.clone();
+            any_time.validate_exp = false;
+            decoded = decode(&any_time);
+        }
+        let claims = decoded.map_err(|e| {
             Error::Invalid(match e.kind() {
-                ErrorKind::ExpiredSignature => "the token has expired".to_owned(),
                 ErrorKind::ImmatureSignature => "the token is not valid yet".to_owned(),
                 ErrorKind::InvalidSignature => "the token's signature is invalid".to_owned(),
                 ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => {
@@ -324,22 +343,49 @@ impl Auth {
         let user = Name::parse(user).map_err(|e| {
             Error::Invalid(e.of(format!("the token's claim '{claim}'")).to_string())
         })?;
-        // Includes the leeway: otherwise a token accepted just after its `exp` would open a stream
-        // that ends at once, again and again.
-        let expires_at_ms = claims
+        let expires_s = claims
             .claims
             .get("exp")
             .and_then(serde_json::Value::as_f64)
-            .map(|s| {
-                (s.max(0.0) as u64)
-                    .saturating_add(leeway_s(&self.config))
-                    .saturating_mul(1000)
-            });
+            .map(|s| s.max(0.0) as u64);
+        let expiry = expires_s.map(|expires_s| TokenExpiry {
+            expires_ms: expires_s.saturating_mul(1000),
+            // Without the leeway, a token accepted just after its `exp` would open a stream that
+            // ends at once, again and again.
+            ends_ms: expires_s
+                .saturating_add(leeway_s(&self.config))
+                .saturating_mul(1000),
+        });
+        let framing = self.framing(&claims.claims)?;
         let claims = self.claims(&claims.claims)?;
+        if has_expired {
+            return Err(Error::Expired);
+        }
         Ok(StreamIdentity {
             reader: Reader { user, claims },
-            expires_at_ms,
+            expiry,
+            framing,
         })
+    }
+
+    /// The form of notifications that the token chooses. Refused if it is malformed: a page that
+    /// expects the data alone could not read the notifications.
+    fn framing(
+        &self,
+        claims: &serde_json::Map<String, serde_json::Value>,
+    ) -> Result<FramingChoice, Error> {
+        let claim = &self.config.stream_claim;
+        let value = claims
+            .get(claim)
+            .filter(|value| !claim.is_empty() && !value.is_null());
+        let Some(value) = value else {
+            return Ok(FramingChoice::default());
+        };
+        let refused = |why: String| Error::Invalid(format!("the token's claim '{claim}' {why}"));
+        if !value.is_object() {
+            return Err(refused("is not an object".to_owned()));
+        }
+        FramingChoice::deserialize(value).map_err(|e| refused(format!("cannot be read: {e}")))
     }
 
     /// The groups and attributes in the token. A malformed claim is refused instead of ignored: a
@@ -551,8 +597,14 @@ mod tests {
             ))
             .unwrap();
         assert_eq!(
-            (identity.reader.user.as_str(), identity.expires_at_ms),
-            ("ann", Some((LATER + 30) * 1000))
+            (identity.reader.user.as_str(), identity.expiry),
+            (
+                "ann",
+                Some(TokenExpiry {
+                    expires_ms: LATER * 1000,
+                    ends_ms: (LATER + 30) * 1000,
+                })
+            )
         );
         assert!(matches!(
             auth.stream_identity(&request("/v1/stream?user=bob", &[])),

@@ -418,8 +418,11 @@ test("versions are rolled out as documented", async () => {
 
 test("requests without a token or key, or without a broker, fail as documented", async () => {
   const part = (value) => Buffer.from(typeof value === "string" ? value : JSON.stringify(value)).toString("base64url");
-  const head = `${part({ alg: "HS256", typ: "JWT" })}.${part({ sub: "ann", exp: Math.floor(Date.now() / 1_000) + 600 })}`;
-  const token = `${head}.${createHmac("sha256", secret).update(head).digest("base64url")}`;
+  const signed = (claims) => {
+    const head = `${part({ alg: "HS256", typ: "JWT" })}.${part(claims)}`;
+    return `${head}.${createHmac("sha256", secret).update(head).digest("base64url")}`;
+  };
+  const token = signed({ sub: "ann", exp: Math.floor(Date.now() / 1_000) + 600 });
   // An id of ann's stream; the node without a broker cannot issue one.
   const [{ id }] = await frames(1, "user=ann");
   const bodies = { "/v1/events": structured({ type: "t" }), "/v1/acks": acknowledgement({ id, read: true }), "/v1/users/{user}/attributes": { body: "{}" } };
@@ -438,6 +441,8 @@ test("requests without a token or key, or without a broker, fail as documented",
         if (operationId === "openStream") {
           const [close] = await frames(1, "", { node: away, headers: { authorization: `Bearer ${token}` } });
           assert.equal(close.data, '{"reason":"starting"}');
+          const [expired] = await frames(1, "t=1", { node: away, headers: { authorization: `Bearer ${signed({ sub: "ann", exp: 1_000 })}` } });
+          assert.equal(expired.data, '{"reason":"token-expired"}');
         } else if (responses[503]?.headers && !plain.startsWith("/v1/plugins")) {
           await ask(503, method.toUpperCase(), path, request(`Bearer ${shown}`));
         }

@@ -15,7 +15,7 @@ use crate::harness::http;
 use crate::harness::node::{Folder, Node, SOON};
 use crate::harness::ports;
 use crate::harness::publish::event;
-use crate::harness::sse::{Request, Stream, StreamEnd};
+use crate::harness::sse::{Frame, Request, Stream, StreamEnd};
 
 const SECRET: &str = "the secret of these tests, longer than 32 bytes";
 /// Disables a plugin, to keep compilation at the start short.
@@ -31,7 +31,7 @@ fn node() -> Node {
 }
 
 /// The time `seconds` from now, in seconds since the Unix epoch.
-fn in_s(seconds: i64) -> i64 {
+pub(super) fn in_s(seconds: i64) -> i64 {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .expect("after 1970")
@@ -39,7 +39,12 @@ fn in_s(seconds: i64) -> i64 {
     i64::try_from(now).expect("before the year 292277026596") + seconds
 }
 
-fn signed(name: &str, algorithm: hmac::Algorithm, secret: &str, claims: &Value) -> String {
+pub(super) fn signed(
+    name: &str,
+    algorithm: hmac::Algorithm,
+    secret: &str,
+    claims: &Value,
+) -> String {
     signed_with(
         &json!({ "alg": name, "typ": "JWT" }),
         algorithm,
@@ -185,6 +190,11 @@ fn reading_and_publishing_require_a_valid_token_or_key() {
                 None,
             )
             .expect("an answer");
+            // The head is 200 for a stream, so that an `EventSource` tries again.
+            if *expected == "expired" && path.starts_with("/v1/stream") {
+                assert_eq!(answer.status, 200, "{path}: {answer:?}");
+                continue;
+            }
             assert_eq!(
                 answer.status, 401,
                 "{path} with a token to be refused for {expected:?}: {answer:?}"
@@ -308,9 +318,13 @@ fn a_stream_ends_with_its_token_and_reports_the_reason() {
     let mut brief = stream(&node, &token("ann", expires), "", "");
     let mut long = stream(&node, &token("ann", in_s(3_600)), "", "");
     publish(&node, "a", json!({ "user": "ann" }));
-    assert_eq!(brief.next_notification(SOON).id, "a");
     let (frames, stop) = brief.read_to_end(SOON);
     assert!(matches!(stop, StreamEnd::Complete), "{stop:?}");
+    let notified: Vec<String> = frames
+        .iter()
+        .filter_map(|frame| Some(frame.notification()?.id))
+        .collect();
+    assert_eq!(notified, ["a"], "{brief:?}");
     assert!(
         in_s(0) >= expires,
         "it ended {} s too early",
@@ -330,8 +344,9 @@ fn a_stream_ends_with_its_token_and_reports_the_reason() {
         "Authorization",
         &format!("Bearer {}", token("ann", expires)),
     );
-    eventually(SOON, "the old token is refused", || {
-        (back.clone().open(SOON).err()?.status == Some(401)).then_some(())
+    eventually(SOON, "the old token opens no stream", || {
+        let first = back.clone().open(SOON).ok()?.next_frame(SOON).ok()?;
+        (first.data? == "{\"reason\":\"token-expired\"}").then_some(())
     });
     publish(&node, "b", json!({ "user": "ann" }));
     let mut again = stream(&node, &token("ann", in_s(3_600)), "", brief.last_event_id());
@@ -343,6 +358,134 @@ fn a_stream_ends_with_its_token_and_reports_the_reason() {
         ),
         ("a".to_owned(), "b".to_owned())
     );
+}
+
+/// A client that renews its token in time is never without a stream.
+#[test]
+fn a_stream_asks_once_for_a_new_token_before_the_present_one_expires() {
+    let node = node();
+    let expires = in_s(6);
+    let mut brief = stream(&node, &token("ann", expires), "", "");
+    let mut long = stream(&node, &token("ann", in_s(3_600)), "", "");
+    let (frames, stop) = brief.read_to_end(SOON);
+    assert!(matches!(stop, StreamEnd::Complete), "{stop:?}");
+    let states: Vec<&str> = frames.iter().filter_map(Frame::state).collect();
+    assert_eq!(states, ["reauth", "close"], "{brief:?}");
+    let data: Value = serde_json::from_str(frames[0].data.as_deref().expect("data")).expect("JSON");
+    let at = time::OffsetDateTime::from_unix_timestamp(expires)
+        .expect("a time")
+        .format(&time::format_description::well_known::Rfc3339)
+        .expect("a text");
+    assert_eq!(data["expires_at"], at.replace('Z', ".000Z"));
+    assert!(
+        data["expires_in"].as_u64().is_some_and(|left| left < 6),
+        "{data}"
+    );
+    assert!(frames[0].id.is_none(), "it moves no cursor: {frames:?}");
+    publish(&node, "a", json!({ "user": "ann" }));
+    assert_eq!(long.next_notification(SOON).id, "a");
+    assert!(!long.text().contains("reauth"), "{long:?}");
+}
+
+/// An `EventSource` never reconnects after a 401, but its page may renew the cookie meanwhile.
+#[test]
+fn an_expired_token_is_answered_in_band_and_a_forged_one_is_not() {
+    let node = node();
+    let past = in_s(-60);
+    let open = |token: &str, query: &str| {
+        Request::new(node.addr(), query)
+            .header("Authorization", &format!("Bearer {token}"))
+            .open(SOON)
+    };
+    let expired = token("ann", past);
+    let (frames, stop) = open(&expired, "last_event_id=earliest&device=phone")
+        .expect("200")
+        .read_to_end(SOON);
+    assert!(matches!(stop, StreamEnd::Complete), "{stop:?}");
+    let [close] = frames.as_slice() else {
+        panic!("only a close: {frames:?}")
+    };
+    assert_eq!(
+        (close.state(), close.data.as_deref(), &close.id),
+        (Some("close"), Some("{\"reason\":\"token-expired\"}"), &None)
+    );
+    assert!(
+        close.retry.is_some_and(|ms| (5_000..=15_000).contains(&ms)),
+        "{close:?}"
+    );
+    let claims = json!({ "sub": "ann", "exp": past });
+    let other = "another secret, which is longer than 32 bytes";
+    for forged in [
+        signed("HS256", hmac::HMAC_SHA256, other, &claims),
+        signed("none", hmac::HMAC_SHA256, SECRET, &claims),
+        signed_with(
+            &json!({ "alg": "HS256", "crit": ["b64"] }),
+            hmac::HMAC_SHA256,
+            SECRET,
+            &claims,
+        ),
+        signed(
+            "HS256",
+            hmac::HMAC_SHA256,
+            SECRET,
+            &json!({ "sub": "a\nb", "exp": past }),
+        ),
+        signed(
+            "HS256",
+            hmac::HMAC_SHA256,
+            SECRET,
+            &json!({ "sub": "ann", "exp": past, "nbf": in_s(3_600) }),
+        ),
+        signed("HS256", hmac::HMAC_SHA256, SECRET, &json!({ "exp": past })),
+    ] {
+        assert_eq!(
+            open(&forged, "").expect_err("a refusal").status,
+            Some(401),
+            "{forged}"
+        );
+    }
+    let bearer = format!("Bearer {expired}");
+    let headers = [
+        ("authorization", bearer.as_str()),
+        ("content-type", "application/json"),
+    ];
+    for (method, path, body) in [
+        ("GET", "/v1/notifications", ""),
+        ("POST", "/v1/acks", r#"{"id":"1","device":"phone"}"#),
+    ] {
+        let answer = node.send(method, path, &headers, body.as_bytes());
+        assert_eq!(answer.status, 401, "{path}: {answer:?}");
+    }
+}
+
+#[test]
+fn a_parameter_that_cannot_change_a_stream_is_ignored_and_named() {
+    let node = node();
+    let token = token("ann", in_s(3_600));
+    let head = |query: &str| {
+        let opened = stream(&node, &token, query, "");
+        opened.head().to_ascii_lowercase()
+    };
+    let named = head("t=1&_cache=2&token=secret-of-another&t=3&datastar=%7B%7D&_%0A=1");
+    assert!(
+        named.contains("\r\nx-pointsman-ignored: t, _cache, token, datastar, _\\n\r\n"),
+        "{named}"
+    );
+    assert!(!head("types=a").contains("x-pointsman-ignored"));
+    for query in ["type=order", "tokens=x", "t=1&last=2", "fields=x"] {
+        let refused = Request::new(node.addr(), query)
+            .header("Authorization", &format!("Bearer {token}"))
+            .open(SOON)
+            .expect_err("a refusal");
+        assert_eq!(refused.status, Some(400), "{query}: {refused:?}");
+    }
+    // It is not a way to send a token.
+    let refused = Request::new(node.addr(), &format!("token={token}"))
+        .open(SOON)
+        .expect_err("a refusal");
+    assert_eq!(refused.status, Some(401), "{refused:?}");
+    let log = node.log();
+    assert!(!log.contains(&token) && !log.contains("secret-of-another"));
 }
 
 #[test]

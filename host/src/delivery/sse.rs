@@ -1,9 +1,9 @@
 //! Writes a subscription as SSE: framing, heartbeats, stream end. The only module that knows the
 //! SSE format (WHATWG HTML, "Server-sent events").
 //!
-//! `event:` and `data:` are rendered once for each notification and winning route and shared by all
-//! streams. Two parts are specific to a stream: `id:`, its cursor, and `to` in the data, because a
-//! recipient must not learn the other targets of a route. All queued items leave in one write. One
+//! `data:` is rendered once for each notification and winning route and shared by all streams. Two
+//! parts are specific to a stream: `id:`, its cursor, and `to` in the data, because a recipient must
+//! not learn the other targets of a route. All queued items leave in one write. One
 //! timer serves the heartbeats and deadlines of all streams.
 //!
 //! The server writes the bytes to the socket: a [`Body`] is an ordinary HTTP body. `auth` decides
@@ -19,16 +19,19 @@ use bytes::{BufMut, Bytes, BytesMut};
 use http_body::Frame;
 use serde::{Deserialize, Serialize};
 
+use crate::clock;
 use crate::delivery::hub::StreamGuard;
 use crate::delivery::recipients::RouteMatch;
 use crate::delivery::subscription::{Gap, Next, Record, Rendered, Subscription};
-use crate::event::Target;
+use crate::event::{Target, rfc3339};
 use crate::telemetry::metrics::{Metrics, ReasonLabel};
 
 mod data;
+mod framing;
 mod timer;
 
 pub use data::data_of;
+pub use framing::{EventName, Format, Framing, FramingChoice};
 pub use timer::{StreamPermit, StreamTimer, TooManyStreams};
 
 /// The transport of a stream: a connection or a share of one.
@@ -78,6 +81,22 @@ pub struct Config {
     /// Maximum bytes of notifications in the buffers of all streams together (256 MiB). Above it,
     /// the streams that hold most return to replay, and each holds its fair share.
     pub max_buffer_bytes: usize,
+    /// The content of `data:` unless the request or its token chooses it: `notification` or `data`
+    /// (`notification`).
+    pub format: Format,
+    /// The source of `event:` unless the request or its token chooses it: `route` or `type`
+    /// (`route`).
+    pub event: EventName,
+}
+
+impl Config {
+    /// The form of notifications unless the request or its token chooses it.
+    pub fn framing(&self) -> Framing {
+        Framing {
+            format: self.format,
+            event: self.event,
+        }
+    }
 }
 
 impl Default for Config {
@@ -91,8 +110,19 @@ impl Default for Config {
             max_open: 10_000,
             max_open_per_user: 64,
             max_buffer_bytes: 256 * 1024 * 1024,
+            format: Format::default(),
+            event: EventName::default(),
         }
     }
+}
+
+/// The end of the token of a stream, in milliseconds since the Unix epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TokenExpiry {
+    /// When it expires by its own statement.
+    pub expires_ms: u64,
+    /// When the stream ends: later by the clock difference that the node tolerates.
+    pub ends_ms: u64,
 }
 
 /// Why this node ends a stream. Clients receive it as `event: close`.
@@ -125,6 +155,8 @@ struct StreamControl {
     guard: StreamGuard,
     heartbeat: AtomicBool,
     cursor: AtomicBool,
+    reauth: AtomicBool,
+    token_expiry: Option<TokenExpiry>,
     end: Mutex<Option<StreamEnd>>,
     /// `None` where the connection is unknown, as in tests.
     socket: Option<Arc<dyn Socket>>,
@@ -145,6 +177,7 @@ impl StreamControl {
 pub struct Body {
     control: Arc<StreamControl>,
     metrics: Metrics,
+    framing: Framing,
     retry_ms: u64,
     is_opened: bool,
     is_ended: bool,
@@ -158,28 +191,31 @@ pub struct Body {
 
 impl Body {
     /// Returns the body of an open stream; `stream_timer` drives its heartbeats and end.
-    /// `expires_ms`: expiry of its token, in milliseconds since the Unix epoch.
     pub fn new(
         guard: StreamGuard,
         permit: StreamPermit,
         stream_timer: &StreamTimer,
         metrics: Metrics,
-        expires_ms: Option<u64>,
+        framing: Framing,
+        token_expiry: Option<TokenExpiry>,
         socket: Option<Arc<dyn Socket>>,
     ) -> Self {
         let control = Arc::new(StreamControl {
             guard,
             heartbeat: AtomicBool::new(false),
             cursor: AtomicBool::new(false),
+            reauth: AtomicBool::new(false),
+            token_expiry,
             end: Mutex::new(None),
             socket,
         });
-        stream_timer.watch(&control, expires_ms);
+        stream_timer.watch(&control);
         let retry_ms = stream_timer.retry_ms();
         let (buffer, cursor, sent_cursor) = (BytesMut::new(), String::new(), String::new());
         Self {
             control,
             metrics,
+            framing,
             retry_ms,
             is_opened: false,
             is_ended: false,
@@ -221,6 +257,11 @@ impl Body {
         // notifications stay in the log.
         let end = self.control.end();
         if end.is_none() {
+            if self.control.reauth.swap(false, Ordering::AcqRel)
+                && let Some(expiry) = self.control.token_expiry
+            {
+                put_reauth(&mut self.buffer, expiry.expires_ms);
+            }
             self.collect_items(&mut stream.lock());
         }
         // Also when nothing is written: expired items have left the queues, too, and a replay may
@@ -297,14 +338,22 @@ impl Body {
     }
 
     fn put_notification(&mut self, record: &Record, route_match: RouteMatch) {
+        let route = route_match.route;
         put_id(&mut self.buffer, &self.cursor);
-        let rendered = record.rendered(route_match.route, |record| {
-            render(record, route_match.route)
-        });
-        self.buffer.put_slice(&rendered.before_target);
-        let target = &record.route(route_match.route).to[route_match.target];
-        put_target(&mut self.buffer, target);
-        self.buffer.put_slice(&rendered.after_target);
+        framing::put_event_name(&mut self.buffer, record, route, self.framing.event);
+        match self.framing.format {
+            Format::Notification => {
+                let rendered = record.rendered(route, |record| render(record, route));
+                self.buffer.put_slice(&rendered.before_target);
+                let target = &record.route(route).to[route_match.target];
+                put_target(&mut self.buffer, target);
+                self.buffer.put_slice(&rendered.after_target);
+            }
+            Format::Data => {
+                let payload = record.payload(route, |record| framing::payload(record, route));
+                self.buffer.put_slice(payload);
+            }
+        }
         self.sent_cursor.clone_from(&self.cursor);
     }
 
@@ -373,6 +422,16 @@ fn put_id(out: &mut BytesMut, cursor: &str) {
     out.put_slice(b"\n");
 }
 
+/// Appends the request to reconnect with a new token, before the present one expires.
+fn put_reauth(out: &mut BytesMut, expires_ms: u64) {
+    let data = format!(
+        r#"{{"expires_at":"{}","expires_in":{}}}"#,
+        rfc3339(expires_ms),
+        expires_ms.saturating_sub(clock::now_ms()) / 1_000
+    );
+    out.put_slice(format!("event: reauth\ndata: {data}\n\n").as_bytes());
+}
+
 fn put_gap(out: &mut BytesMut, gap: Gap) {
     let Gap {
         partition,
@@ -404,13 +463,10 @@ fn put_data(out: &mut BytesMut, part: &str) {
     }
 }
 
-/// Renders `event:` and `data:` of a notification, with the blank line that ends it.
+/// Renders `data:` of a notification, with the blank line that ends it.
 fn render(record: &Record, route: usize) -> Rendered {
     let (before, after) = data::around_target(record.notification(), route);
     let mut out = BytesMut::with_capacity(before.len() + after.len() + 64);
-    if let Some(name) = &record.route(route).event_name {
-        out.put_slice(format!("event: {name}\n").as_bytes());
-    }
     out.put_slice(b"data: ");
     put_data(&mut out, &before);
     let before_target = out.split().freeze();

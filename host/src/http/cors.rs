@@ -114,7 +114,7 @@ pub(super) async fn apply(
         );
         headers.insert(
             ACCESS_CONTROL_EXPOSE_HEADERS,
-            HeaderValue::from_static("Retry-After, WWW-Authenticate"),
+            HeaderValue::from_static("Retry-After, WWW-Authenticate, X-Pointsman-Ignored"),
         );
     }
     response

@@ -162,7 +162,7 @@ impl From<auth::Error> for ApiError {
                 www_authenticate: Some("Bearer"),
                 ..Self::new(StatusCode::UNAUTHORIZED, "unauthorized", text)
             },
-            auth::Error::Invalid(_) => Self {
+            auth::Error::Expired | auth::Error::Invalid(_) => Self {
                 www_authenticate: Some("Bearer error=\"invalid_token\""),
                 ..Self::new(StatusCode::UNAUTHORIZED, "unauthorized", text)
             },

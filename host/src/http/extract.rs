@@ -118,6 +118,12 @@ impl Parameters {
         }
     }
 
+    /// The names of the parameters for which this is true, in order.
+    pub(super) fn names(&self, is_meant: impl Fn(&str) -> bool) -> impl Iterator<Item = &str> {
+        let names = self.0.iter().map(|(name, _)| name.as_str());
+        names.filter(move |name| is_meant(name))
+    }
+
     /// The last non-empty value among the parameters whose name matches.
     pub(super) fn last(&self, is_meant: impl Fn(&str) -> bool) -> Option<&str> {
         self.0

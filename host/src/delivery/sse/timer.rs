@@ -15,8 +15,11 @@ use crate::event::Name;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::{Metrics, ReasonLabel};
 
-use super::{Config, Socket, StreamControl, StreamEnd, spread_retry};
+use super::{Config, Socket, StreamControl, StreamEnd, TokenExpiry, spread_retry};
 
+/// How long before its token expires a stream is asked to reconnect with a new one, +-20 %, so that
+/// clients whose tokens were issued together do not all renew them at the same moment.
+const REAUTH_BEFORE: Duration = Duration::from_secs(60);
 /// The time over which the streams of a node that alone has lost the broker are closed: their
 /// clients arrive at the other nodes one by one.
 const OUTAGE_SPREAD: Duration = Duration::from_secs(10);
@@ -95,8 +98,11 @@ struct TimerEntry {
     age_ms: Option<u64>,
     /// When and why it ends because all streams do.
     closing: Option<(u64, StreamEnd)>,
-    /// When its token expires, in milliseconds since the Unix epoch.
-    token_expires_ms: Option<u64>,
+    /// When it ends with its token, in milliseconds since the Unix epoch.
+    token_ends_ms: Option<u64>,
+    /// When the client is asked for a new token, in milliseconds since the Unix epoch; `None`: it
+    /// was, or the token does not expire.
+    reauth_ms: Option<u64>,
     /// Whether its end was signalled.
     is_ended: bool,
     next_heartbeat_ms: u64,
@@ -178,7 +184,7 @@ impl StreamTimer {
         spread_retry(self.0.config.retry)
     }
 
-    pub(super) fn watch(&self, control: &Arc<StreamControl>, token_expires_ms: Option<u64>) {
+    pub(super) fn watch(&self, control: &Arc<StreamControl>) {
         let config = &self.0.config;
         let now = self.0.now();
         let age_ms =
@@ -187,7 +193,10 @@ impl StreamTimer {
             control: Arc::downgrade(control),
             age_ms,
             closing: None,
-            token_expires_ms,
+            token_ends_ms: control.token_expiry.map(|expiry| expiry.ends_ms),
+            reauth_ms: control
+                .token_expiry
+                .map(|expiry| reauth_ms(expiry, now.unix_ms)),
             is_ended: false,
             next_heartbeat_ms: now.ms + self.0.heartbeat_ms(),
             next_cursor_ms: now.ms + millis(config.cursor_interval),
@@ -229,7 +238,7 @@ impl StreamTimer {
 impl TimerEntry {
     /// The reason for which the stream ends now, if any.
     fn due_end(&self, now: Now) -> Option<StreamEnd> {
-        if self.token_expires_ms.is_some_and(|at| at <= now.unix_ms) {
+        if self.token_ends_ms.is_some_and(|at| at <= now.unix_ms) {
             return Some(StreamEnd::TokenExpired);
         }
         let age = self.age_ms.map(|at| (at, StreamEnd::Age));
@@ -243,9 +252,8 @@ impl TimerEntry {
     /// When the entry is due, in milliseconds since the timer started.
     fn due_ms(&self, now: Now) -> u64 {
         let closing = self.closing.map(|(at, _)| at);
-        let token = self
-            .token_expires_ms
-            .map(|at| now.ms + at.saturating_sub(now.unix_ms));
+        let token = self.token_ends_ms.into_iter().chain(self.reauth_ms);
+        let token = token.map(|at| now.ms + at.saturating_sub(now.unix_ms));
         self.age_ms
             .into_iter()
             .chain(closing)
@@ -380,8 +388,13 @@ impl TimerInner {
             self.closed(end.as_str());
             control.wake();
             // Kept in the wheel in case the socket does not take the end either.
-            (entry.age_ms, entry.closing, entry.token_expires_ms) = (None, None, None);
+            (entry.age_ms, entry.closing) = (None, None);
+            (entry.token_ends_ms, entry.reauth_ms) = (None, None);
             entry.is_ended = true;
+        }
+        if entry.reauth_ms.take_if(|at| *at <= now.unix_ms).is_some() {
+            control.reauth.store(true, Ordering::Release);
+            control.wake();
         }
         if entry.next_heartbeat_ms <= now.ms {
             control.heartbeat.store(true, Ordering::Release);
@@ -402,6 +415,14 @@ impl TimerInner {
             .get_or_create(&ReasonLabel { reason })
             .inc();
     }
+}
+
+/// When a stream is asked for a new token, in milliseconds since the Unix epoch. With less than
+/// twice [`REAUTH_BEFORE`] left, around the middle of what is left.
+fn reauth_ms(expiry: TokenExpiry, now_unix_ms: u64) -> u64 {
+    let left = expiry.expires_ms.saturating_sub(now_unix_ms);
+    let before = millis(REAUTH_BEFORE).min(left / 2);
+    expiry.expires_ms - spread(before, 0.8, 1.2).min(left)
 }
 
 /// Returns a random number between `low` and `high` times `of`.
@@ -430,7 +451,8 @@ mod tests {
             control: Weak::new(),
             age_ms,
             closing: None,
-            token_expires_ms: None,
+            token_ends_ms: None,
+            reauth_ms: None,
             is_ended: false,
             next_heartbeat_ms,
             next_cursor_ms,
@@ -529,7 +551,7 @@ mod tests {
         let hour = 3_600_000;
         let aged = entry(Some(NOW + hour));
         let with_token = TimerEntry {
-            token_expires_ms: Some(UNIX + hour),
+            token_ends_ms: Some(UNIX + hour),
             ..entry(None)
         };
         for (unix_ms, token_end) in [
@@ -544,9 +566,37 @@ mod tests {
         assert_eq!(aged.due_end(at(NOW + hour)), Some(StreamEnd::Age));
         assert_eq!(with_token.due_ms(at(NOW + hour)), aged.next_heartbeat_ms);
         let soon = TimerEntry {
-            token_expires_ms: Some(UNIX + 1_000),
+            token_ends_ms: Some(UNIX + 1_000),
             ..entry(None)
         };
         assert_eq!(soon.due_ms(at(NOW)), NOW + 1_000);
+    }
+
+    #[test]
+    fn a_new_token_is_asked_for_a_minute_before_the_present_one_expires_or_sooner() {
+        let moment = |left_ms: u64| {
+            let expiry = TokenExpiry {
+                expires_ms: UNIX + left_ms,
+                ends_ms: UNIX + left_ms + 30_000,
+            };
+            reauth_ms(expiry, UNIX) - UNIX
+        };
+        let hour = 3_600_000;
+        let moments: Vec<u64> = (0..100).map(|_| moment(hour)).collect();
+        let (first, last) = (moments.iter().min().unwrap(), moments.iter().max().unwrap());
+        assert!(
+            *first >= hour - 72_000 && *last <= hour - 48_000 && last - first > 10_000,
+            "{first} {last}"
+        );
+        for _ in 0..100 {
+            assert!((40_000..=60_000).contains(&moment(100_000)));
+        }
+        assert_eq!(moment(0), 0);
+        let asked = TimerEntry {
+            reauth_ms: Some(UNIX + 1_000),
+            token_ends_ms: Some(UNIX + hour),
+            ..entry(None)
+        };
+        assert_eq!(asked.due_ms(at(NOW)), NOW + 1_000);
     }
 }

@@ -21,6 +21,8 @@ pub struct Rendered {
 pub struct Record {
     notification: Notification,
     frames: Box<[OnceLock<Rendered>]>,
+    /// The same for streams that receive the event's data alone; empty until the first of them.
+    payloads: OnceLock<Box<[OnceLock<Bytes>]>>,
     /// The results of each route's condition.
     answers: Box<[Answers]>,
     n_bytes: usize,
@@ -48,6 +50,7 @@ impl Record {
         Ok(Self {
             notification,
             frames,
+            payloads: OnceLock::new(),
             answers,
             n_bytes: stored.len(),
         })
@@ -77,5 +80,13 @@ impl Record {
     /// Returns the rendering of this route. `render` runs only the first time.
     pub fn rendered(&self, route: usize, render: impl FnOnce(&Self) -> Rendered) -> &Rendered {
         self.frames[route].get_or_init(|| render(self))
+    }
+
+    /// Returns the event's data as this route sends it. `render` runs only the first time.
+    pub fn payload(&self, route: usize, render: impl FnOnce(&Self) -> Bytes) -> &Bytes {
+        let payloads = self
+            .payloads
+            .get_or_init(|| self.frames.iter().map(|_| OnceLock::new()).collect());
+        payloads[route].get_or_init(|| render(self))
     }
 }

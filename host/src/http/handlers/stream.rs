@@ -21,7 +21,8 @@ use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 
-use crate::delivery::sse::{self, TooManyStreams};
+use crate::auth;
+use crate::delivery::sse::{self, FramingChoice, StreamEnd, TooManyStreams};
 use crate::delivery::subscription::{Filter, Start};
 use crate::event::{Name, Priority};
 use crate::server::{Connection, TooManyOfAddress};
@@ -82,14 +83,41 @@ impl Selection {
 }
 
 /// The query parameters of a stream.
-const KNOWN: [&str; 6] = [
+const KNOWN: [&str; 8] = [
     "user",
     "device",
     "devices",
     "last_event_id",
     "types",
     "min_priority",
+    "format",
+    "event",
 ];
+
+/// Whether a parameter is ignored: pages add these to every URL, to get around caches, because
+/// another server reads a token there, or with the state of the page (Datastar). None of them could
+/// be a misspelt filter or start.
+fn is_ignored(name: &str) -> bool {
+    matches!(name, "t" | "token" | "datastar") || name.starts_with('_')
+}
+
+/// The value of the header that names the ignored parameters, at most eight of them.
+fn ignored(parameters: &Parameters) -> Option<HeaderValue> {
+    let mut names: Vec<String> = Vec::new();
+    for name in parameters.names(is_ignored) {
+        let name: String = name
+            .chars()
+            .take(64)
+            .flat_map(char::escape_default)
+            .collect();
+        if !names.contains(&name) && names.len() < 8 {
+            names.push(name);
+        }
+    }
+    (!names.is_empty())
+        .then(|| HeaderValue::from_str(&names.join(", ")).ok())
+        .flatten()
+}
 
 /// Whether a parameter names the start position, in any spelling that polyfills use.
 fn is_place(name: &str) -> bool {
@@ -135,17 +163,57 @@ impl Device {
 /// # Errors
 /// 400 for an invalid query, 401 or 403 for a missing or invalid token, 403 for a page of a foreign
 /// origin. Every other refusal is reported in band with 200, because an `EventSource` never
-/// reconnects after any other status.
+/// reconnects after any other status; so is a token that has expired.
 pub(in crate::http) async fn open(
     Shared(state): Shared<Arc<State>>,
     Query(selection): Query<Selection>,
     Query(device): Query<Device>,
+    Query(framing): Query<FramingChoice>,
     parameters: Parameters,
     request: Request,
 ) -> Result<Response, ApiError> {
+    let ignored = ignored(&parameters);
     let (parts, _) = request.into_parts();
-    let identity = state.auth().stream_identity(&parts)?;
-    parameters.are_all(&KNOWN, |name| is_place(name) || name == "evs_preamble")?;
+    let wanted = Wanted {
+        selection,
+        device,
+        framing,
+    };
+    let mut response = begin(&state, wanted, &parameters, &parts).await?;
+    if let Some(ignored) = ignored {
+        response
+            .headers_mut()
+            .insert("x-pointsman-ignored", ignored);
+    }
+    Ok(response)
+}
+
+/// The parameters of a stream that have a type.
+struct Wanted {
+    selection: Selection,
+    device: Device,
+    framing: FramingChoice,
+}
+
+async fn begin(
+    state: &State,
+    wanted: Wanted,
+    parameters: &Parameters,
+    parts: &Parts,
+) -> Result<Response, ApiError> {
+    let Wanted {
+        selection,
+        device,
+        framing,
+    } = wanted;
+    let identity = match state.auth().stream_identity(parts) {
+        Ok(identity) => identity,
+        Err(auth::Error::Expired) => return Ok(refuse(state, TOKEN_EXPIRED)),
+        Err(error) => return Err(error.into()),
+    };
+    parameters.are_all(&KNOWN, |name| {
+        is_place(name) || is_ignored(name) || name == "evs_preamble"
+    })?;
     let filter = selection.filter()?;
     let is_in_sync = device.is_in_sync()?;
     // A device's start is stored, so this request changes state; a stream without a device changes
@@ -159,46 +227,36 @@ pub(in crate::http) async fn open(
         .is_some_and(|connection| connection.is_surplus())
         || parts.extensions.get::<TooManyOfAddress>().is_some()
     {
-        return Ok(refuse(&state, "overloaded"));
+        return Ok(refuse(state, "overloaded"));
     }
     let permit = match state.stream_timer().permit(&identity.reader.user) {
         Ok(permit) => permit,
-        Err(TooManyStreams::OfNode) => return Ok(refuse(&state, "overloaded")),
-        Err(TooManyStreams::OfUser) => return Ok(refuse(&state, TOO_MANY_OF_USER)),
+        Err(TooManyStreams::OfNode) => return Ok(refuse(state, "overloaded")),
+        Err(TooManyStreams::OfUser) => return Ok(refuse(state, TOO_MANY_OF_USER)),
     };
     let Some(hub) = state.hub() else {
-        return Ok(refuse(&state, "starting"));
+        return Ok(refuse(state, "starting"));
     };
     // At once: the stream could neither begin nor resume here, and it can on another node.
     if state.stream_timer().is_in_outage() {
-        return Ok(refuse(&state, "unavailable"));
+        return Ok(refuse(state, "unavailable"));
     }
     if is_in_sync && !filter.is_all() {
         let message = "devices=all cannot be combined with types or min_priority, because notifications that one device filters out would count as seen by all";
         return Err(ApiError::bad_request(message).fix("leave out one of them"));
     }
-    let start = match (
-        start(&parts, &parameters, &identity.reader.user, hub.now_ms()),
-        device.device,
-    ) {
-        (asked, None) => asked.unwrap_or(Start::Latest),
-        (asked, Some(device)) => {
-            // The device cursor is more useful than an unreadable id.
-            let asked = asked.filter(|asked| *asked != Start::Unknown);
-            let start =
-                state
-                    .device_cursors()?
-                    .start(&identity.reader.user, device, is_in_sync, asked);
-            match tokio::time::timeout(state.limits.read_wait, start).await {
-                Ok(Ok(start)) => start,
-                failed => {
-                    // Starting anywhere else would silently skip the notifications in between.
-                    tracing::debug!(user.id = %identity.reader.user, ?failed, "cannot read the device cursor; the client is asked to reconnect");
-                    return Ok(refuse(&state, "unavailable"));
-                }
+    let asked = start(parts, parameters, &identity.reader.user, hub.now_ms());
+    let start = match device.device {
+        None => asked.unwrap_or(Start::Latest),
+        Some(device) => {
+            let user = &identity.reader.user;
+            match start_of_device(state, user, device, is_in_sync, asked).await? {
+                Some(start) => start,
+                None => return Ok(refuse(state, "unavailable")),
             }
         }
     };
+    let framing = framing.or(identity.framing, state.stream_timer().config().framing());
     tracing::debug!(user.id = %identity.reader.user, ?start, "stream opened");
     let guard = hub.open(identity.reader, start, filter);
     let socket = parts.extensions.get::<Arc<dyn sse::Socket>>().cloned();
@@ -207,7 +265,8 @@ pub(in crate::http) async fn open(
         permit,
         state.stream_timer(),
         state.metrics().clone(),
-        identity.expires_at_ms,
+        framing,
+        identity.expiry,
         socket,
     );
     // The head fires `onopen`. Sent earlier, it would claim that the stream receives what is
@@ -216,9 +275,31 @@ pub(in crate::http) async fn open(
         .await
         .is_err()
     {
-        return Ok(refuse(&state, "unavailable"));
+        return Ok(refuse(state, "unavailable"));
     }
     Ok(event_stream(Body::new(body)))
+}
+
+/// The start of a stream that names its device; `None` if the broker does not answer in time.
+/// Starting anywhere else would silently skip the notifications in between.
+async fn start_of_device(
+    state: &State,
+    user: &Name,
+    device: Name,
+    is_in_sync: bool,
+    asked: Option<Start>,
+) -> Result<Option<Start>, ApiError> {
+    // The device cursor is more useful than an unreadable id.
+    let asked = asked.filter(|asked| *asked != Start::Unknown);
+    let cursors = state.device_cursors()?;
+    let start = cursors.start(user, device, is_in_sync, asked);
+    match tokio::time::timeout(state.limits.read_wait, start).await {
+        Ok(Ok(start)) => Ok(Some(start)),
+        failed => {
+            tracing::debug!(user.id = %user, ?failed, "cannot read the device cursor; the client is asked to reconnect");
+            Ok(None)
+        }
+    }
 }
 
 /// The reason for a stream above `stream.max_open_per_user`.
@@ -227,6 +308,12 @@ const TOO_MANY_OF_USER: &str = "too-many-streams";
 /// user's streams has ended.
 const TOO_MANY_RETRY: Duration = Duration::from_secs(60);
 
+/// The reason for a stream that is opened with a token that has expired. The client may hold a
+/// cookie that its page renews, so it is asked to try again instead of being refused for good.
+const TOKEN_EXPIRED: &str = StreamEnd::TokenExpired.as_str();
+/// The reconnect delay of such a stream, +-50 %.
+const TOKEN_EXPIRED_RETRY: Duration = Duration::from_secs(10);
+
 /// The answer to a stream that cannot be served now.
 fn refuse(state: &State, reason: &'static str) -> Response {
     state
@@ -234,10 +321,10 @@ fn refuse(state: &State, reason: &'static str) -> Response {
         .streams_refused
         .get_or_create(&ReasonLabel { reason })
         .inc();
-    let retry = if reason == TOO_MANY_OF_USER {
-        TOO_MANY_RETRY
-    } else {
-        state.stream_timer().config().retry
+    let retry = match reason {
+        TOO_MANY_OF_USER => TOO_MANY_RETRY,
+        TOKEN_EXPIRED => TOKEN_EXPIRED_RETRY,
+        _ => state.stream_timer().config().retry,
     };
     event_stream(Body::from(sse::refusal(reason, retry)))
 }
@@ -289,5 +376,15 @@ mod tests {
             assert!(is_place(name), "{name}");
         }
         assert!(!is_place("last_event") && !is_place("id"));
+    }
+
+    #[test]
+    fn a_parameter_that_could_be_misspelt_is_not_ignored() {
+        for name in ["t", "token", "datastar", "_", "_t", "_=1"] {
+            assert!(is_ignored(name), "{name}");
+        }
+        for name in ["", "T", "tokens", "type", "after", "fields", "formats"] {
+            assert!(!is_ignored(name), "{name}");
+        }
     }
 }
