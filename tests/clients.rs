@@ -1,10 +1,13 @@
-//! Third-party clients: npm libraries and a browser, each disconnected and reconnected. The tests
-//! themselves are in `clients/*.test.js`.
+//! Third-party clients: npm and PyPI libraries and a browser. The tests themselves are in
+//! `clients/*.test.js` and `clients/*_test.py`.
 //!
-//! They need Node 20 or newer, npm and Chromium; `make test` installs them (`scripts/need.sh`).
+//! They need Node 20 or newer, npm, Chromium and Python 3 with venv; `make test` installs them
+//! (`scripts/need.sh`).
 
-use std::process::Command;
-use std::sync::Once;
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+use std::sync::{Once, OnceLock};
 
 use crate::harness::node::Node;
 use crate::harness::{demo_plugins, node_interpreter, repository};
@@ -26,6 +29,13 @@ pub(crate) fn run_with(file: &str, variables: &[(&str, &str)]) {
     static INSTALLED: Once = Once::new();
     let folder = repository().join("tests/clients");
     INSTALLED.call_once(|| {
+        // Installing takes ten seconds, and what is there rarely changes.
+        let lock =
+            fs::read_to_string(folder.join("package-lock.json")).expect("read the lock file");
+        let installed = folder.join("node_modules/.installed");
+        if fs::read_to_string(&installed).is_ok_and(|installed| installed == lock) {
+            return;
+        }
         let mut npm = Command::new("npm");
         let status = npm
             .args(["ci", "--silent", "--no-audit", "--no-fund"])
@@ -36,6 +46,7 @@ pub(crate) fn run_with(file: &str, variables: &[(&str, &str)]) {
             "npm ci in {}: {status:?}; `make test` installs npm",
             folder.display()
         );
+        fs::write(installed, lock).expect("write .installed");
     });
     let mut command = Command::new(node_interpreter());
     command
@@ -45,6 +56,66 @@ pub(crate) fn run_with(file: &str, variables: &[(&str, &str)]) {
     let output = command
         .output()
         .unwrap_or_else(|error| panic!("node cannot be run ({error}); `make test` installs it"));
+    assert_passed(file, &output);
+}
+
+/// A Python with the packages of `clients/requirements.txt`, which it installs if they have changed.
+///
+/// # Panics
+/// If they cannot be installed.
+fn python() -> &'static PathBuf {
+    static PYTHON: OnceLock<PathBuf> = OnceLock::new();
+    PYTHON.get_or_init(|| {
+        let venv = repository().join("build/clients-venv");
+        let python = venv.join("bin/python");
+        let (wanted, installed) = (
+            repository().join("tests/clients/requirements.txt"),
+            venv.join(".installed"),
+        );
+        let text = fs::read_to_string(&wanted).expect("read requirements.txt");
+        if fs::read_to_string(&installed).is_ok_and(|installed| installed == text) {
+            return python;
+        }
+        let run = |command: &mut Command| {
+            let output = command.output();
+            let output = output.unwrap_or_else(|error| {
+                panic!("{command:?}: {error}; `make test` installs Python")
+            });
+            assert_passed("installing the Python clients", &output);
+        };
+        run(Command::new("python3")
+            .args(["-m", "venv", "--clear"])
+            .arg(&venv));
+        let options = [
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--requirement",
+        ];
+        run(Command::new(&python).args(options).arg(&wanted));
+        fs::write(installed, text).expect("write .installed");
+        python
+    })
+}
+
+/// Runs one `unittest` file against a node with the plugins of the demo and these settings.
+fn run_python(file: &str, config: &str) {
+    let node = Node::builder()
+        .plugins(demo_plugins())
+        .config(config)
+        .start();
+    let output = Command::new(python())
+        .args(["-B", file])
+        .current_dir(repository().join("tests/clients"))
+        .env("POINTSMAN_ADDRESS", node.addr().to_string())
+        .output()
+        .expect("run Python");
+    assert_passed(file, &output);
+}
+
+fn assert_passed(file: &str, output: &Output) {
     let said = format!(
         "{}{}",
         String::from_utf8_lossy(&output.stdout),
@@ -71,4 +142,14 @@ fn htmx_turbo_datastar_and_pages_that_parse_their_payload_show_it_once() {
 #[test]
 fn a_reopened_page_shows_each_notification_it_missed_once() {
     run("device.test.js");
+}
+
+#[test]
+fn requests_of_the_cloudevents_sdk_for_javascript_are_delivered_as_made() {
+    run("cloudevents.test.js");
+}
+
+#[test]
+fn requests_of_the_cloudevents_sdk_for_python_are_delivered_as_made() {
+    run_python("cloudevents_test.py", "");
 }

@@ -3,6 +3,7 @@
 
 mod authorization;
 mod clocks;
+mod cloudevents;
 mod devices;
 mod durability;
 mod embedded;

@@ -217,7 +217,9 @@ impl Config {
         let origins = Origins::new(&listen.origins, auth.dev)
             .map_err(|text| layers.fault("listen.origins", text))?
             .with_admin_hosts(&listen.admin_hosts)
-            .map_err(|text| layers.fault("listen.admin_hosts", text))?;
+            .map_err(|text| layers.fault("listen.admin_hosts", text))?
+            .with_webhook_origins(&listen.webhook_origins)
+            .map_err(|text| layers.fault("listen.webhook_origins", text))?;
         let per_address = listen.max_connections_per_address;
         let addresses = ClientAddresses::new(&listen.trusted_proxies, per_address)
             .map_err(|text| layers.fault("listen.trusted_proxies", text))?;

@@ -19,7 +19,10 @@ mod decision;
 mod plan;
 mod recipient;
 
-pub use cloudevents::{Event, Malformed, Payload, Value, json_line, rfc3339};
+pub use cloudevents::{
+    Event, Malformed, Payload, Value, essence, foreign_charset, is_json, is_text, json_line,
+    rfc3339, utf8_json,
+};
 pub(crate) use decision::HOST_PANICKED;
 pub use decision::{ChainMember, ChainMembers, DeadReason, Decision, Retry, Verdict, VerdictKind};
 pub use plan::{
@@ -27,32 +30,36 @@ pub use plan::{
 };
 pub use recipient::{Recipient, Span};
 
-/// A name from outside: of a user, a group, an event or a type. 1 to 256 bytes of UTF-8 without
-/// control characters.
+/// A text from outside that names something: 1 to `MAX` bytes of UTF-8 without control characters.
 ///
 /// Names end up in Redis keys, SSE fields and terminal logs; a line feed in one would forge any of
 /// the three.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Name(Arc<str>);
+pub struct BoundedName<const MAX: usize>(Arc<str>);
 
-impl Name {
+/// The name of a user, a group, an event or a type.
+pub type Name = BoundedName<256>;
+
+/// The `source`, `subject` or `dataschema` of an event. The first and the last are URIs, and the
+/// subject is often the path of a stored object: 256 bytes are too few for signed URLs.
+pub type LongName = BoundedName<2048>;
+
+impl<const MAX: usize> BoundedName<MAX> {
     /// The longest name, in bytes.
-    pub const MAX: usize = 256;
+    pub const MAX: usize = MAX;
 
     /// Parses a name.
     ///
     /// # Errors
-    /// [`Malformed`] if it is empty, longer than [`Name::MAX`] bytes, or contains a control
-    /// character.
+    /// [`Malformed`] if it is empty, longer than `MAX` bytes, or contains a control character.
     pub fn parse(text: &str) -> Result<Self, Malformed> {
         if text.is_empty() {
             return Err(Malformed::new("is empty"));
         }
-        if text.len() > Self::MAX {
+        if text.len() > MAX {
             return Err(Malformed::new(format!(
-                "has {} bytes; the limit is {}",
+                "has {} bytes; the limit is {MAX}",
                 text.len(),
-                Self::MAX
             )));
         }
         if let Some(c) = text.chars().find(|c| c.is_control()) {
@@ -69,25 +76,25 @@ impl Name {
     }
 }
 
-impl fmt::Display for Name {
+impl<const MAX: usize> fmt::Display for BoundedName<MAX> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl fmt::Debug for Name {
+impl<const MAX: usize> fmt::Debug for BoundedName<MAX> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Debug::fmt(&*self.0, f)
     }
 }
 
-impl Serialize for Name {
+impl<const MAX: usize> Serialize for BoundedName<MAX> {
     fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
         s.serialize_str(&self.0)
     }
 }
 
-impl<'de> Deserialize<'de> for Name {
+impl<'de, const MAX: usize> Deserialize<'de> for BoundedName<MAX> {
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         let text = std::borrow::Cow::<'de, str>::deserialize(d)?;
         Self::parse(&text).map_err(serde::de::Error::custom)

@@ -13,6 +13,7 @@ use axum::routing::{get, post, put};
 
 mod body;
 pub mod cloudevents;
+mod coding;
 mod cors;
 mod error;
 mod extract;
@@ -63,7 +64,10 @@ pub fn routes(state: Arc<State>) -> Router {
         .layer(from_fn_with_state(Arc::clone(&state), hold_responses))
         .layer(from_fn(keep_private));
     let publish = Router::new()
-        .route("/v1/events", post(events::publish))
+        .route(
+            "/v1/events",
+            post(events::publish).options(events::validate_webhook),
+        )
         .layer(from_fn_with_state(Arc::clone(&state), hold_responses));
     // Documents are shared by all their responses, and a stream is bounded by `delivery`.
     let mut routes = Router::new()

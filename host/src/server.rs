@@ -82,6 +82,9 @@ pub struct Config {
     /// Origins whose pages may call `address` from a browser, such as `https://shop.example` (none;
     /// in dev mode every loopback origin).
     pub origins: Vec<String>,
+    /// Senders that may deliver webhooks to `/v1/events`, as they name themselves in
+    /// `WebHook-Request-Origin`, such as `events.example`; `*` for every sender (none).
+    pub webhook_origins: Vec<String>,
     /// Host names under which `admin` may be called, besides loopback names and IP addresses, such
     /// as `notify.internal` (none). In dev mode only loopback names are accepted.
     pub admin_hosts: Vec<String>,
@@ -116,6 +119,7 @@ impl Default for Config {
             tls_key: None,
             admin_tls: false,
             origins: Vec::new(),
+            webhook_origins: Vec::new(),
             admin_hosts: Vec::new(),
             max_connections: 10_000,
             max_connections_per_address: 1_000,

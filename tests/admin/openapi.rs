@@ -13,6 +13,8 @@ const KEY: &str = "the key of these tests";
 
 /// Includes a rule that uses every field of a route.
 const DEV: &str = r#"
+[listen]
+webhook_origins = ["events.example"]
 [limits]
 body_timeout = "1s"
 [recipients]

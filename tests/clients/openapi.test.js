@@ -130,7 +130,7 @@ async function frames(count, query, { node = dev, headers } = {}) {
     const event = Object.fromEntries(fields.map(([name, value]) => [name, name === "retry" ? Number(value) : value]));
     holds(whole.components.schemas.StreamEvent, event, frame);
     const kinds = whole.components.schemas.StreamEvent.oneOf;
-    const { contentSchema } = (kinds.find(({ properties }) => event.event && properties.event.const === event.event) ?? kinds[0]).properties.data;
+    const { contentSchema } = (kinds.find(({ properties }) => event.event && properties.event.enum?.[0] === event.event) ?? kinds[0]).properties.data;
     if (contentSchema) holds(contentSchema, JSON.parse(event.data), frame);
     return event;
   });
@@ -194,6 +194,18 @@ test("events are published, refused and dry-run as documented", async () => {
   const { parameters } = operation(0, "post", "/v1/events");
   const binary = Object.fromEntries(parameters.filter((one) => one.in === "header").map(({ name, example }) => [name, example]));
   await ask(202, "POST", "/v1/events", { headers: { ...binary, "Content-Type": "image/png" }, body: new Uint8Array([0, 255]) });
+  const typed = { ...binary, "ce-id": "typed", "ce-user": "schema", "ce-dataschema": "https://shop.example/a.json", "Content-Type": "application/json", Prefer: "return=minimal" };
+  await ask(204, "POST", "/v1/events", { headers: typed, body: "1" });
+  await eventually("its type and schema are on the page", async () => {
+    const { notifications } = await ask(200, "GET", "/v1/notifications?user=schema");
+    return notifications.some(({ data }) => data.datacontenttype === "application/json" && data.dataschema);
+  });
+  const refused = await ask(400, "POST", "/v1/events", { headers: BATCH, body: "[{},{}]" });
+  assert.equal(refused.events.length, 2);
+  await ask(415, "POST", "/v1/events", { headers: { ...STRUCTURED, "Content-Encoding": "br" }, body: "{}" });
+  await ask(200, "OPTIONS", "/v1/events", { headers: { "WebHook-Request-Origin": "events.example" } });
+  await ask(403, "OPTIONS", "/v1/events", { headers: { "WebHook-Request-Origin": "evil.example" } });
+  await ask(400, "OPTIONS", "/v1/events");
 
   // A plan with every field, a plugin that drops an event, and one that fails.
   const promoted = await ask(200, "POST", "/v1/events?dry_run=true", structured({ type: "promotion", users: ["ann", "bob"], list: [1], n: 1.5, flag: true }));

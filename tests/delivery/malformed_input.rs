@@ -156,8 +156,9 @@ fn bad_entries() -> Vec<(Fields, &'static str)> {
         ),
         (
             document(b"\xff\xfe{\0}\0"),
-            "the CloudEvents document is not UTF-8",
+            "the CloudEvents document is UTF-16",
         ),
+        (document(b"{\xff}"), "the CloudEvents document is not UTF-8"),
         (document(r#"{"type":"t","type":"t"}"#), "type appears twice"),
         (document(r#"{"type":{"a":1}}"#), "type is an object"),
         (

@@ -88,7 +88,7 @@ pub(crate) fn entry(input: &[u8]) {
     let names = Event::names_in(SOURCE, &fields);
     match Event::from_fields(ENTRY, SOURCE, &fields) {
         Ok(event) => {
-            let [id, source, kind] = names;
+            let (id, source, kind) = names;
             assert_eq!(id.as_ref(), event.id_given.then_some(&event.id));
             assert_eq!(source.as_ref(), Some(&event.source));
             assert_eq!(kind.as_ref(), Some(&event.kind));

@@ -16,7 +16,7 @@ use serde_json::value::RawValue;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::{EntryId, Name};
+use super::{BoundedName, EntryId, LongName, Name};
 
 /// Why external input is invalid. Reads as the end of a sentence that starts with the name of the
 /// input.
@@ -61,14 +61,14 @@ pub enum Payload {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Event {
     pub id: Name,
-    pub source: Name,
+    pub source: LongName,
     /// CloudEvents `type`.
     pub kind: Name,
-    pub subject: Option<Name>,
+    pub subject: Option<LongName>,
     /// CloudEvents `time`, in milliseconds since the Unix epoch.
     pub time_ms: u64,
     pub datacontenttype: Option<Name>,
-    pub dataschema: Option<Name>,
+    pub dataschema: Option<LongName>,
     /// Extension attributes. Names are 1 to 64 characters of `a-z 0-9 _`, none of them a core name.
     pub attributes: BTreeMap<String, Value>,
     pub data: Payload,
@@ -145,7 +145,10 @@ impl Event {
     /// Returns the `id`, `source` and `type` that the fields of a source entry name, each if it is
     /// readable, even if they do not form a valid event. A missing `source` defaults to the name of
     /// the source.
-    pub fn names_in(source: &str, fields: &[(Bytes, Bytes)]) -> [Option<Name>; 3] {
+    pub fn names_in(
+        source: &str,
+        fields: &[(Bytes, Bytes)],
+    ) -> (Option<Name>, Option<LongName>, Option<Name>) {
         #[derive(Deserialize)]
         struct Document<'a> {
             #[serde(borrow)]
@@ -155,19 +158,24 @@ impl Event {
             #[serde(borrow, rename = "type")]
             kind: Option<&'a RawValue>,
         }
-        let missing = || Name::parse(source).ok();
+        fn member<const MAX: usize>(raw: &RawValue) -> Option<BoundedName<MAX>> {
+            serde_json::from_str(raw.get()).ok()
+        }
+        fn field<const MAX: usize>(value: &Bytes) -> Option<BoundedName<MAX>> {
+            BoundedName::parse(std::str::from_utf8(value).ok()?).ok()
+        }
+        let missing = || LongName::parse(source).ok();
         if let [(name, document)] = fields
             && name.as_ref() == b"event"
         {
             let Ok(Document { id, source, kind }) = serde_json::from_slice(document) else {
-                return [None, None, None];
+                return (None, None, None);
             };
-            let read = |raw: &RawValue| serde_json::from_str(raw.get()).ok();
-            return [
-                id.and_then(read),
-                source.map_or_else(missing, read),
-                kind.and_then(read),
-            ];
+            return (
+                id.and_then(member),
+                source.map_or_else(missing, member),
+                kind.and_then(member),
+            );
         }
         let named = |wanted: &str| {
             fields
@@ -175,12 +183,11 @@ impl Event {
                 .find(|(name, _)| name.as_ref() == wanted.as_bytes())
                 .map(|(_, value)| value)
         };
-        let read = |value: &Bytes| Name::parse(std::str::from_utf8(value).ok()?).ok();
-        [
-            named("id").and_then(read),
-            named("source").map_or_else(missing, read),
-            named("type").and_then(read),
-        ]
+        (
+            named("id").and_then(field),
+            named("source").map_or_else(missing, field),
+            named("type").and_then(field),
+        )
     }
 
     /// Parses an event from a CloudEvents JSON document.
@@ -197,8 +204,7 @@ impl Event {
         source: &str,
         document: &[u8],
     ) -> Result<Self, Malformed> {
-        let text = std::str::from_utf8(document)
-            .map_err(|_| Malformed::new("is not UTF-8").of("the CloudEvents document"))?;
+        let text = utf8_json(document).map_err(|e| e.of("the CloudEvents document"))?;
         let members: Members = serde_json::from_str(text).map_err(|e| {
             Malformed::new(format!("is not a JSON object: {e}")).of("the CloudEvents document")
         })?;
@@ -233,7 +239,11 @@ impl Event {
                         .map_err(|e| {
                             Malformed::new(format!("is not base64: {e}")).of("data_base64")
                         })?;
-                    Payload::parse(content_type, &Bytes::from(bytes))
+                    match content_type {
+                        // JSON format, section 3.1: the JSON type is implied for `data` only.
+                        None => Ok(Payload::Binary(bytes.into())),
+                        Some(_) => Payload::parse(content_type, &Bytes::from(bytes)),
+                    }
                 }
                 (Some(raw), None) if is_json(content_type) => Payload::json(raw.get()),
                 // JSON format, section 3.1.1: data of another type is carried as a JSON string.
@@ -288,12 +298,12 @@ impl Event {
 #[derive(Default)]
 struct Draft {
     id: Option<Name>,
-    source: Option<Name>,
+    source: Option<LongName>,
     kind: Option<Name>,
-    subject: Option<Name>,
+    subject: Option<LongName>,
     time_ms: Option<u64>,
     datacontenttype: Option<Name>,
-    dataschema: Option<Name>,
+    dataschema: Option<LongName>,
     specversion: Option<()>,
     attributes: BTreeMap<String, Value>,
 }
@@ -305,13 +315,14 @@ impl Draft {
             _ => Err(Malformed::new("must be a string").of(name)),
         };
         let parsed = |value: Value| Name::parse(&text(value)?).map_err(|e| e.of(name));
+        let long = |value: Value| LongName::parse(&text(value)?).map_err(|e| e.of(name));
         let twice = match name {
             "id" => self.id.replace(parsed(value)?).is_some(),
-            "source" => self.source.replace(parsed(value)?).is_some(),
+            "source" => self.source.replace(long(value)?).is_some(),
             "type" => self.kind.replace(parsed(value)?).is_some(),
-            "subject" => self.subject.replace(parsed(value)?).is_some(),
+            "subject" => self.subject.replace(long(value)?).is_some(),
             "datacontenttype" => self.datacontenttype.replace(parsed(value)?).is_some(),
-            "dataschema" => self.dataschema.replace(parsed(value)?).is_some(),
+            "dataschema" => self.dataschema.replace(long(value)?).is_some(),
             "time" => {
                 let text = text(value)?;
                 let time = OffsetDateTime::parse(&text, &Rfc3339)
@@ -358,7 +369,7 @@ impl Draft {
         })?;
         let source = match self.source {
             Some(source) => source,
-            None => Name::parse(source)?,
+            None => LongName::parse(source)?,
         };
         let id_given = self.id.is_some();
         let id = match self.id {
@@ -485,17 +496,65 @@ fn attribute_value(name: &str, raw: &RawValue) -> Result<Option<Value>, Malforme
     })
 }
 
-fn is_json(content_type: Option<&str>) -> bool {
+/// Whether this content type is JSON; it is if there is none.
+pub fn is_json(content_type: Option<&str>) -> bool {
     let Some(content_type) = content_type else {
         return true;
     };
-    let essence = content_type
-        .split(';')
-        .next()
-        .unwrap_or_default()
-        .trim()
-        .to_ascii_lowercase();
+    let essence = essence(content_type);
     essence.ends_with("/json") || essence.ends_with("+json")
+}
+
+/// Whether data of this content type is text other than JSON.
+pub fn is_text(content_type: &str) -> bool {
+    let essence = essence(content_type);
+    essence.starts_with("text/") || essence.contains("xml")
+}
+
+/// The content type without its parameters, in lower case.
+pub fn essence(content_type: &str) -> String {
+    let essence = content_type.split(';').next().unwrap_or_default();
+    essence.trim().to_ascii_lowercase()
+}
+
+/// The encoding of characters that a content type names, in lower case, if it is not UTF-8 or the
+/// part of UTF-8 that is ASCII.
+pub fn foreign_charset(content_type: &str) -> Option<String> {
+    let mut parameters = content_type.split(';').skip(1);
+    let charset = parameters.find_map(|parameter| {
+        let (name, value) = parameter.split_once('=')?;
+        name.trim().eq_ignore_ascii_case("charset").then_some(value)
+    })?;
+    let charset = charset
+        .trim()
+        .trim_matches(['"', '\''])
+        .to_ascii_lowercase();
+    let is_utf8 = ["utf-8", "utf8", "us-ascii", "ascii"].contains(&charset.as_str());
+    (!is_utf8).then_some(charset)
+}
+
+/// Returns the text of a JSON document.
+///
+/// # Errors
+/// [`Malformed`] names the encoding of a document that is not UTF-8, and a byte order mark: a JSON
+/// parser would only report an unexpected character.
+pub fn utf8_json(document: &[u8]) -> Result<&str, Malformed> {
+    let fault = match document {
+        [0xef, 0xbb, 0xbf, ..] => {
+            "begins with a byte order mark (U+FEFF); send the JSON without it"
+        }
+        [0xff, 0xfe, 0, 0, ..] | [0, 0, 0xfe, 0xff, ..] | [_, 0, 0, 0, ..] | [0, 0, 0, _, ..] => {
+            "is UTF-32; send UTF-8"
+        }
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => "is UTF-16; send UTF-8",
+        // Without a mark: the first two characters of a document are ASCII.
+        [_, 0] | [_, 0, _, 0, ..] | [0, _] | [0, _, 0, ..] => "is UTF-16; send UTF-8",
+        _ => {
+            return std::str::from_utf8(document)
+                .map_err(|_| Malformed::new("is not UTF-8; send UTF-8"));
+        }
+    };
+    Err(Malformed::new(fault))
 }
 
 /// Removes the white space outside strings, so that a payload is one line of an SSE frame. Numbers
@@ -548,19 +607,17 @@ impl Payload {
     }
 
     fn parse(content_type: Option<&str>, bytes: &Bytes) -> Result<Self, Malformed> {
-        let utf8 = std::str::from_utf8(bytes);
         if is_json(content_type) {
-            let text = utf8.map_err(|_| {
-                Malformed::new("is not UTF-8; give binary data a datacontenttype such as application/octet-stream").of("data")
+            let text = utf8_json(bytes).map_err(|fault| {
+                let fix = "or give binary data a datacontenttype such as application/octet-stream";
+                Malformed::new(format!("{fault}, {fix}")).of("data")
             })?;
             return Self::json(text);
         }
-        let textual = content_type.is_some_and(|t| {
-            t.trim_start().to_ascii_lowercase().starts_with("text/")
-                || t.to_ascii_lowercase().contains("xml")
-        });
-        match utf8 {
-            Ok(text) if textual => Ok(Self::Text(text.into())),
+        // Text in another encoding stays bytes: read as UTF-8, it could be another text.
+        let is_text = content_type.is_some_and(|t| is_text(t) && foreign_charset(t).is_none());
+        match std::str::from_utf8(bytes) {
+            Ok(text) if is_text => Ok(Self::Text(text.into())),
             _ => Ok(Self::Binary(bytes.clone())),
         }
     }
@@ -794,6 +851,40 @@ mod tests {
                 .to_string()
                 .contains("is not valid JSON")
         );
+    }
+
+    #[test]
+    fn base64_without_a_content_type_is_bytes_and_round_trips() {
+        let read = |document: &str| Event::from_json(ENTRY, "-", document.as_bytes()).unwrap();
+        let event = read(r#"{"type":"t","data_base64":"eyJhIjoxfQ=="}"#);
+        assert_eq!(
+            event.data,
+            Payload::Binary(Bytes::from_static(b"{\"a\":1}"))
+        );
+        assert_eq!(read(&event.to_json()).data, event.data);
+        let typed = read(
+            r#"{"type":"t","datacontenttype":"application/json","data_base64":"eyJhIjoxfQ=="}"#,
+        );
+        assert_eq!(typed.data, Payload::Json(r#"{"a":1}"#.into()));
+    }
+
+    #[test]
+    fn text_in_another_encoding_than_utf_8_stays_bytes() {
+        for (content_type, is_text) in [
+            ("text/plain", true),
+            ("text/plain; charset=UTF-8", true),
+            ("text/plain; charset=\"us-ascii\"", true),
+            ("text/plain;format=flowed;Charset=ISO-8859-1", false),
+            ("application/xml; charset=utf-16", false),
+        ] {
+            let event = fields(&[
+                ("type", "t"),
+                ("datacontenttype", content_type),
+                ("data", "x"),
+            ]);
+            let found = matches!(event.unwrap().data, Payload::Text(_));
+            assert_eq!(found, is_text, "{content_type}");
+        }
     }
 
     #[test]

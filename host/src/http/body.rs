@@ -17,6 +17,7 @@ use http_body_util::BodyExt as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
+use super::coding::{Coding, Inflate};
 use super::{ApiError, Limits, State};
 use crate::duration;
 use crate::server::Connection;
@@ -83,23 +84,39 @@ impl BodyReader {
     /// Reads a whole body.
     ///
     /// # Errors
-    /// 413 above `max` bytes, 408 if it takes longer than `limits.body_timeout` or pauses for
+    /// Those of [`BodyReader::read_coded`].
+    pub(super) async fn read(self, body: Body, max: usize) -> Result<HeldBody, ApiError> {
+        self.read_coded(body, Coding::Identity, max).await
+    }
+
+    /// Reads a whole body, and inflates it if it is compressed.
+    ///
+    /// # Errors
+    /// 413 above `max` bytes, also of what it inflates to, 400 if it cannot be inflated, 408 if it takes longer than `limits.body_timeout` or pauses for
     /// `limits.body_stall_timeout`, 400 if it ends early, 503 if the bodies under way leave no room
     /// for it within `limits.publish_wait`.
-    pub(super) async fn read(self, body: Body, max: usize) -> Result<HeldBody, ApiError> {
+    pub(super) async fn read_coded(
+        self,
+        body: Body,
+        coding: Coding,
+        max: usize,
+    ) -> Result<HeldBody, ApiError> {
         let limits = &self.state.limits;
         let timeouts = Timeouts {
             total: limits.body_timeout,
             stall: limits.body_stall_timeout,
         };
         let mut charge = Charge::default();
-        let room = Room {
+        let mut room = Room {
             budget: &self.state.bodies,
             share: self.share.as_ref(),
             wait: limits.publish_wait,
             charge: &mut charge,
         };
-        let bytes = read(body, max, timeouts, Some(room)).await?;
+        let mut bytes = read(body, max, timeouts, Some(&mut room)).await?;
+        if let Some(compressed) = coding.inflate(&bytes) {
+            bytes = inflate(compressed, coding, max, &mut room).await?;
+        }
         Ok(HeldBody {
             bytes,
             _charge: charge,
@@ -178,7 +195,7 @@ pub(super) async fn read(
     mut body: Body,
     max: usize,
     timeouts: Timeouts,
-    mut room: Option<Room<'_>>,
+    mut room: Option<&mut Room<'_>>,
 ) -> Result<Bytes, ApiError> {
     let too_large = || ApiError::too_large(format!("the body is larger than {max} bytes"));
     let mut is_too_large = body.size_hint().lower() > max as u64;
@@ -228,4 +245,36 @@ pub(super) async fn read(
         return Err(too_large());
     }
     Ok(bytes.freeze())
+}
+
+/// Inflates a body piece by piece, and charges each piece before it is held, so that a body that
+/// inflates to a thousand times its size takes no more memory and time than any other.
+///
+/// # Errors
+/// 413 above `max` bytes, 400 if it is damaged, 503 if it finds no room.
+async fn inflate(
+    mut compressed: Inflate,
+    coding: Coding,
+    max: usize,
+    room: &mut Room<'_>,
+) -> Result<Bytes, ApiError> {
+    let (mut bytes, mut piece) = (BytesMut::new(), vec![0; FIRST_BYTES]);
+    loop {
+        let n = compressed.next(&mut piece).map_err(|error| {
+            let reason = format!("the body is not valid {}: {error}", coding.as_str());
+            ApiError::bad_request(reason)
+                .fix("compress the whole body once, or send it uncompressed")
+        })?;
+        if n == 0 {
+            return Ok(bytes.freeze());
+        }
+        if bytes.len() + n > max {
+            let reason = format!("the body inflates to more than {max} bytes");
+            return Err(ApiError::too_large(reason).fix("send fewer or smaller events at once"));
+        }
+        room.add(n).await?;
+        // Inflating takes processor time, and other requests need the thread.
+        tokio::task::yield_now().await;
+        bytes.extend_from_slice(&piece[..n]);
+    }
 }

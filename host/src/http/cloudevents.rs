@@ -13,7 +13,9 @@ use bytes::Bytes;
 use serde_json::value::RawValue;
 
 use super::{ApiError, Limits};
-use crate::event::{EntryId, Event, Malformed};
+use crate::event::{
+    EntryId, Event, Malformed, essence, foreign_charset, is_json, is_text, utf8_json,
+};
 
 /// The content mode of a request.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -27,31 +29,40 @@ impl Mode {
     /// Determines the mode of a request.
     ///
     /// # Errors
-    /// 415 for a content type that holds no event.
+    /// 415 for a content type that holds no event that this node can read.
     pub fn of(headers: &HeaderMap) -> Result<Self, ApiError> {
         let content_type = headers
             .get(CONTENT_TYPE)
             .and_then(|value| value.to_str().ok())
             .unwrap_or_default();
-        let essence = content_type
-            .split(';')
-            .next()
-            .unwrap_or_default()
-            .trim()
-            .to_ascii_lowercase();
-        match essence.as_str() {
-            "application/cloudevents-batch+json" => Ok(Self::Batch),
-            "application/cloudevents+json" => Ok(Self::Structured),
-            // Binary mode is recognised by its headers; its content type is that of the data.
-            _ if headers.keys().any(|name| name.as_str().starts_with("ce-")) => Ok(Self::Binary),
-            "application/json" => Ok(Self::Structured),
-            other => {
+        let essence = essence(content_type);
+        // Binary mode is recognised by its headers; its content type is that of the data.
+        let is_binary = headers.keys().any(|name| name.as_str().starts_with("ce-"));
+        let mode = match (essence.strip_prefix("application/cloudevents"), is_binary) {
+            (Some("-batch+json"), _) => Self::Batch,
+            (Some("+json"), _) => Self::Structured,
+            // HTTP binding, section 3: the prefix alone makes it an event, in whichever format.
+            (Some(_), _) => return Err(unknown_format(&essence)),
+            (None, true) => Self::Binary,
+            (None, false) if essence == "application/json" => Self::Structured,
+            (None, false) => {
                 let error = ApiError::unsupported_media_type(format!(
                     "cannot read an event from content type '{}' without ce-* headers",
-                    other.escape_debug()
+                    essence.escape_debug()
                 ));
-                Err(error.fix("send one CloudEvent as application/cloudevents+json, several as application/cloudevents-batch+json, or the attributes as ce-* headers"))
+                return Err(error.fix("send one CloudEvent as application/cloudevents+json, several as application/cloudevents-batch+json, or the attributes as ce-* headers"));
             }
+        };
+        // Data that is neither text nor JSON is passed on as bytes, in whichever encoding.
+        let is_decoded =
+            mode != Self::Binary || is_json(Some(content_type)) || is_text(content_type);
+        match foreign_charset(content_type).filter(|_| is_decoded) {
+            None => Ok(mode),
+            Some(charset) => Err(ApiError::unsupported_media_type(format!(
+                "cannot read text in the charset '{}'",
+                charset.escape_debug()
+            ))
+            .fix("send it in UTF-8; to pass it on as bytes, use a content type such as application/octet-stream")),
         }
     }
 
@@ -78,6 +89,14 @@ impl Mode {
             .map(|draft| draft?.within(limits.event_bytes))
             .collect())
     }
+}
+
+fn unknown_format(essence: &str) -> ApiError {
+    ApiError::unsupported_media_type(format!(
+        "cannot read events in the format '{}'",
+        essence.escape_debug()
+    ))
+    .fix("send JSON: application/cloudevents+json, or application/cloudevents-batch+json for several events")
 }
 
 /// A valid event with the fields of its future entry.
@@ -203,8 +222,7 @@ fn batch(
     limits: &Limits,
     source: &str,
 ) -> Result<Vec<Result<Draft, Malformed>>, ApiError> {
-    let text =
-        std::str::from_utf8(body).map_err(|_| ApiError::bad_request("the batch is not UTF-8"))?;
+    let text = utf8_json(body).map_err(|fault| fault.of("the batch"))?;
     let documents: Vec<&RawValue> = serde_json::from_str(text).map_err(|e| {
         ApiError::bad_request(format!("the batch is not a JSON array of events: {e}"))
     })?;

@@ -6,6 +6,7 @@ use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use serde_json::value::RawValue;
 
 use crate::event::Malformed;
 use crate::{auth, broker};
@@ -26,9 +27,12 @@ pub struct ApiError {
 struct Body {
     /// A stable word for programs to branch on; the texts may change.
     code: &'static str,
-    error: String,
+    error: Box<str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    fix: Option<String>,
+    fix: Option<Box<str>>,
+    /// The receipts of a batch of which every event is refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    events: Option<Box<RawValue>>,
 }
 
 /// A response extension with the reason of a refusal, one of the fixed labels of the metric.
@@ -42,8 +46,9 @@ impl ApiError {
             reason,
             body: Body {
                 code: reason,
-                error: error.into(),
+                error: error.into().into_boxed_str(),
                 fix: None,
+                events: None,
             },
             retry_after_s: None,
             www_authenticate: None,
@@ -123,7 +128,7 @@ impl ApiError {
     /// Adds the action that fixes the error.
     #[must_use]
     pub fn fix(mut self, fix: impl Into<String>) -> Self {
-        self.body.fix = Some(fix.into());
+        self.body.fix = Some(fix.into().into_boxed_str());
         self
     }
 
@@ -131,6 +136,13 @@ impl ApiError {
     #[must_use]
     pub fn code(mut self, code: &'static str) -> Self {
         self.body.code = code;
+        self
+    }
+
+    /// Adds the receipts of a batch.
+    #[must_use]
+    pub fn events(mut self, receipts: &impl Serialize) -> Self {
+        self.body.events = serde_json::value::to_raw_value(receipts).ok();
         self
     }
 

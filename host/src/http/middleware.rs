@@ -4,14 +4,13 @@
 use std::sync::Arc;
 
 use axum::extract::{self, Request};
-use axum::http::header::{
-    ACCEPT_ENCODING, CACHE_CONTROL, CONTENT_ENCODING, HOST, ORIGIN, TRANSFER_ENCODING,
-};
+use axum::http::header::{ACCEPT_ENCODING, CACHE_CONTROL, HOST, ORIGIN, TRANSFER_ENCODING};
 use axum::http::{HeaderValue, Version};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use http_body::Body as _;
 
+use super::coding::{Coding, INFLATED};
 use super::error::Refused;
 use super::{ApiError, State};
 use crate::server::{
@@ -111,16 +110,22 @@ pub(super) async fn refuse_ambiguous(request: Request, next: Next) -> Response {
             .fix("send it with Content-Length, or chunked only")
             .into_response();
     }
-    let is_plain = headers
-        .get_all(CONTENT_ENCODING)
-        .iter()
-        .all(|encoding| encoding.as_bytes().eq_ignore_ascii_case(b"identity"));
-    if !is_plain {
-        let refused = ApiError::unsupported_media_type(
-            "the request has a Content-Encoding other than identity",
-        )
+    let accepts = if request.uri().path() == "/v1/events" {
+        INFLATED
+    } else {
+        Coding::Identity.as_str()
+    };
+    let is_read = match Coding::of(headers) {
+        Some(coding) => coding == Coding::Identity || accepts == INFLATED,
+        None => false,
+    };
+    if !is_read {
+        let refused = ApiError::unsupported_media_type(format!(
+            "the request has a Content-Encoding other than {}",
+            accepts.replace(", ", " or ")
+        ))
         .fix("send the body uncompressed");
-        return ([(ACCEPT_ENCODING, "identity")], refused).into_response();
+        return ([(ACCEPT_ENCODING, accepts)], refused).into_response();
     }
     next.run(request).await
 }

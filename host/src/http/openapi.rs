@@ -125,7 +125,7 @@ mod tests {
                 .nth(1)
                 .expect("a path in quotes")
                 .to_owned();
-            let named = ["get", "put", "post", "delete", "patch"];
+            let named = ["get", "put", "post", "delete", "patch", "options"];
             // Matches `get(..)` and `.get(..)`, but not names that merely end in `get`.
             let words = route
                 .split(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != '(')

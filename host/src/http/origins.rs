@@ -1,5 +1,5 @@
 //! The origins whose pages may call a node: the configured ones and, in dev mode, every loopback
-//! one. The host names under which the admin listener may be called.
+//! one. The host names under which the admin listener may be called, and the senders of webhooks.
 
 use axum::http::header::ORIGIN;
 use axum::http::{HeaderMap, HeaderValue};
@@ -10,6 +10,7 @@ pub struct Origins {
     listed: Vec<String>,
     loopback: bool,
     admin_hosts: Vec<String>,
+    webhooks: Vec<String>,
 }
 
 impl Origins {
@@ -40,6 +41,7 @@ impl Origins {
             listed: listed.to_vec(),
             loopback,
             admin_hosts: Vec::new(),
+            webhooks: Vec::new(),
         })
     }
 
@@ -63,6 +65,34 @@ impl Origins {
             admin_hosts: names.to_vec(),
             ..self
         })
+    }
+
+    /// Adds the senders that may deliver webhooks, as they name themselves in
+    /// `WebHook-Request-Origin`; `*` for every sender.
+    ///
+    /// # Errors
+    /// A message about the first text that is neither a host name nor `*`.
+    pub fn with_webhook_origins(self, senders: &[String]) -> Result<Self, String> {
+        let is_part = |c: char| c.is_ascii_alphanumeric() || "-_.:".contains(c);
+        let is_sender = |sender: &&String| {
+            *sender == "*" || (!sender.is_empty() && sender.chars().all(is_part))
+        };
+        if let Some(wrong) = senders.iter().find(|sender| !is_sender(sender)) {
+            return Err(format!(
+                "'{}' is not a valid sender of webhooks; use its host name without a scheme, such as events.example, or * for every sender",
+                wrong.escape_debug()
+            ));
+        }
+        Ok(Self {
+            webhooks: senders.to_vec(),
+            ..self
+        })
+    }
+
+    /// Whether this sender may deliver webhooks.
+    pub(super) fn allow_webhook(&self, sender: &str) -> bool {
+        let mut webhooks = self.webhooks.iter();
+        webhooks.any(|listed| listed == "*" || listed.eq_ignore_ascii_case(sender))
     }
 
     /// Whether the admin listener may be called under this host, with or without a port. A page

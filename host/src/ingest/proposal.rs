@@ -172,13 +172,11 @@ pub(super) fn dead_letter(
 /// Returns the decision about an entry for which no plugin was called, with the names it carries,
 /// so that its publisher can find it.
 pub(super) fn unevaluated(partition: &Partition, entry: &Entry, clock_ms: u64) -> Decision {
-    let names = Event::names_in(&partition.source, &entry.fields);
-    let [event_id, event_source, event_type] =
-        names.map(|name| name.map(|name| name.to_string()).unwrap_or_default());
+    let (id, source, kind) = Event::names_in(&partition.source, &entry.fields);
     Decision {
-        event_id,
-        event_source,
-        event_type,
+        event_id: id.map(|id| id.to_string()).unwrap_or_default(),
+        event_source: source.map(|source| source.to_string()).unwrap_or_default(),
+        event_type: kind.map(|kind| kind.to_string()).unwrap_or_default(),
         clock_ms,
         ..Decision::default()
     }

@@ -11,8 +11,8 @@ use crate::broker::{self, Logs};
 use crate::delivery::recipients::{Moment, winning_route};
 use crate::event::criteria::Criteria;
 use crate::event::{
-    EntryId, Event, Malformed, Name, NotificationId, Outcome, PartitionNumber, Plan, Priority,
-    Target, Value, Verdict,
+    EntryId, Event, LongName, Malformed, Name, NotificationId, Outcome, PartitionNumber, Plan,
+    Priority, Target, Value, Verdict,
 };
 use crate::ingest::pipeline::{Evaluation, Pipeline, Resolution, Unevaluated};
 use crate::ingest::proposal::check_plan;
@@ -35,7 +35,7 @@ pub enum DryRunResult {
 pub struct DryRunReport {
     status: &'static str,
     id: Name,
-    source: Name,
+    source: LongName,
     #[serde(rename = "type")]
     kind: Name,
     partition: PartitionNumber,

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use crate::delivery::recipients::RouteMatch;
-use crate::event::{Name, Notification, Payload, Priority, rfc3339};
+use crate::event::{LongName, Name, Notification, Payload, Priority, rfc3339};
 
 /// All members except `to` and the payload.
 #[derive(Serialize)]
@@ -16,6 +16,10 @@ struct DataHead<'a> {
     r#type: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     subject: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    datacontenttype: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dataschema: Option<&'a str>,
     time: String,
     priority: Priority,
     by: &'a Name,
@@ -66,11 +70,17 @@ pub(super) fn around_target(notification: &Notification, route: usize) -> (Strin
             DataBody::DataBase64(base64::engine::general_purpose::STANDARD.encode(bytes))
         }
     };
+    // They describe the data of the event, not a body that replaces it.
+    let described = route.body.is_none().then_some(event);
+    let content_type = described.and_then(|event| event.datacontenttype.as_ref());
+    let schema = described.and_then(|event| event.dataschema.as_ref());
     let mut before = json(&DataHead {
         id: event.id.as_str(),
         source: event.source.as_str(),
         r#type: event.kind.as_str(),
-        subject: event.subject.as_ref().map(Name::as_str),
+        subject: event.subject.as_ref().map(LongName::as_str),
+        datacontenttype: content_type.map(Name::as_str),
+        dataschema: schema.map(LongName::as_str),
         time: rfc3339(event.time_ms),
         priority: route.priority,
         by: &route.by,

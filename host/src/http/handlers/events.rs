@@ -16,7 +16,7 @@ use axum::Json;
 use axum::body::Body;
 use axum::extract;
 use axum::http::header::CONTENT_TYPE;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -24,9 +24,10 @@ use sha2::{Digest as _, Sha256};
 
 use super::dry_run;
 use crate::broker::{self, Broker, Partition};
-use crate::event::{EntryId, Event, Malformed, Name, PartitionNumber, Value};
+use crate::event::{EntryId, Event, LongName, Malformed, PartitionNumber, Value};
 use crate::http::body::BodyReader;
 use crate::http::cloudevents::{Draft, Mode};
+use crate::http::coding::Coding;
 use crate::http::extract::{ApiKey, ClientAddress, Query, ResponseRoom};
 use crate::http::{ApiError, State, turns};
 use crate::preview::dry_run::DryRunResult;
@@ -51,7 +52,7 @@ enum Receipt {
     /// The broker has stored it. Without an `id` from the publisher, `id` is the entry's.
     Stored {
         id: String,
-        source: Name,
+        source: LongName,
         partition: PartitionNumber,
         entry: EntryId,
     },
@@ -85,12 +86,14 @@ pub(in crate::http) async fn publish(
     body: Body,
 ) -> Result<Response, ApiError> {
     let mode = Mode::of(&headers)?;
+    // Any other coding was refused before it came here.
+    let coding = Coding::of(&headers).unwrap_or(Coding::Identity);
     let max = if mode == Mode::Batch {
         state.limits.batch_bytes
     } else {
         state.limits.event_bytes
     };
-    let held = reader.read(body, max).await?;
+    let held = reader.read_coded(body, coding, max).await?;
     // Taken after the body has arrived, or requests that send none would keep all others out.
     let (places, kind) = if options.dry_run {
         (&state.dry_running, "dry runs")
@@ -120,7 +123,61 @@ pub(in crate::http) async fn publish(
     // While a large request waits for its turns, small ones need the place.
     let _permit = (!appends.is_large()).then_some(permit);
     let receipts = store(&state, broker, appends, client).await?;
-    Ok(answer(mode, receipts))
+    answer(mode, prefers_minimal(&headers), receipts)
+}
+
+/// The handshake of a webhook (CloudEvents 1.0, "HTTP 1.1 Web Hooks for Event Delivery", section 4):
+/// tells the sender that it may deliver events here, and how many a minute. Grants nothing by
+/// itself: each delivery needs the API key.
+///
+/// # Errors
+/// 400 without `WebHook-Request-Origin`, 403 for a sender that is not in `listen.webhook_origins`.
+pub(in crate::http) async fn validate_webhook(
+    extract::State(state): extract::State<Arc<State>>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let Some(origin) = headers.get("webhook-request-origin") else {
+        return Err(
+            ApiError::bad_request("the request names no sender of webhooks")
+                .fix("send WebHook-Request-Origin, or POST the event"),
+        );
+    };
+    if !origin
+        .to_str()
+        .is_ok_and(|origin| state.origins.allow_webhook(origin))
+    {
+        return Err(
+            ApiError::forbidden("this sender may not deliver webhooks to this node").fix(
+                "ask the operator to add its WebHook-Request-Origin to listen.webhook_origins",
+            ),
+        );
+    }
+    let allowed = [
+        ("allow", HeaderValue::from_static("OPTIONS,POST")),
+        ("webhook-allowed-origin", origin.clone()),
+        ("webhook-allowed-rate", HeaderValue::from_static("*")),
+    ];
+    Ok((StatusCode::OK, allowed).into_response())
+}
+
+/// Whether the publisher asks for a response without a body (`Prefer: return=minimal`, RFC 7240).
+fn prefers_minimal(headers: &HeaderMap) -> bool {
+    let lists = headers.get_all("prefer").iter();
+    let preferences = lists
+        .filter_map(|list| list.to_str().ok())
+        .flat_map(|list| list.split(','));
+    // The first of several `return` counts.
+    let mut returned = preferences.filter_map(|preference| {
+        let (name, value) = preference.split(';').next()?.split_once('=')?;
+        let is_return = name.trim().eq_ignore_ascii_case("return");
+        is_return.then(|| {
+            value
+                .trim()
+                .trim_matches('"')
+                .eq_ignore_ascii_case("minimal")
+        })
+    });
+    returned.next() == Some(true)
 }
 
 async fn dry_run(
@@ -298,17 +355,37 @@ async fn refusal(
     error.into()
 }
 
-fn answer(mode: Mode, mut receipts: Vec<Receipt>) -> Response {
+/// # Errors
+/// 400 if no event was stored, with the receipts of a batch.
+fn answer(
+    mode: Mode,
+    prefers_minimal: bool,
+    mut receipts: Vec<Receipt>,
+) -> Result<Response, ApiError> {
+    let is_refused = |receipt: &&Receipt| matches!(receipt, Receipt::Refused { .. });
+    let n_refused = receipts.iter().filter(is_refused).count();
+    if n_refused == 0 && prefers_minimal {
+        // Knative counts a 2xx with a body that is not an event as a failure.
+        let applied = [("preference-applied", "return=minimal")];
+        return Ok((StatusCode::NO_CONTENT, applied).into_response());
+    }
     match (mode, receipts.pop()) {
         (Mode::Structured | Mode::Binary, Some(Receipt::Refused { error })) => {
-            ApiError::bad_request(error).into_response()
+            Err(ApiError::bad_request(error))
         }
         (Mode::Structured | Mode::Binary, Some(stored)) => {
-            (StatusCode::ACCEPTED, Json(stored)).into_response()
+            Ok((StatusCode::ACCEPTED, Json(stored)).into_response())
         }
         (_, last) => {
             receipts.extend(last);
-            Json(Receipts { events: receipts }).into_response()
+            match receipts.first() {
+                // A sender that looks at the status alone would take the batch for delivered.
+                Some(Receipt::Refused { error }) if n_refused == receipts.len() => {
+                    let reason = format!("every event of the batch is refused; the first: {error}");
+                    Err(ApiError::bad_request(reason).events(&receipts))
+                }
+                _ => Ok(Json(Receipts { events: receipts }).into_response()),
+            }
         }
     }
 }

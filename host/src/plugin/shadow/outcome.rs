@@ -10,7 +10,7 @@ use std::io;
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
-use crate::event::{Event, Name, Plan, Priority, Value};
+use crate::event::{Event, LongName, Name, Plan, Priority, Value};
 use crate::plugin::{Answer, Call, CallError, Role};
 
 /// The maximum number of differences that are kept; all are counted.
@@ -140,7 +140,7 @@ pub struct Difference {
 #[derive(Clone, Debug, Serialize)]
 struct EventIdentity {
     id: Name,
-    source: Name,
+    source: LongName,
     #[serde(rename = "type")]
     kind: Name,
 }
