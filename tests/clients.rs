@@ -153,3 +153,11 @@ fn requests_of_the_cloudevents_sdk_for_javascript_are_delivered_as_made() {
 fn requests_of_the_cloudevents_sdk_for_python_are_delivered_as_made() {
     run_python("cloudevents_test.py", "");
 }
+
+#[test]
+fn python_clients_read_every_notification_with_the_text_that_was_published() {
+    run_python(
+        "readers_test.py",
+        "[[plugins.rules.config.rules]]\nmatch.type = \"named\"\nto.user = \"named\"\nevent_name = \"first\\u2028second\\u2029third\"",
+    );
+}

@@ -448,19 +448,55 @@ fn put_gap(out: &mut BytesMut, gap: Gap) {
 }
 
 fn put_target(out: &mut BytesMut, target: &Target) {
+    let from = out.len();
     serde_json::to_writer(out.writer(), target)
         .expect("serialising a string to memory cannot fail");
+    // Names of users and groups rarely contain one.
+    if next_separator(&out[from..]).is_some() {
+        let written = out.split_off(from);
+        put_data(out, &written);
+    }
 }
 
-/// Appends part of a `data:` field. JSON written by the node has no line ends; a payload passed
-/// through unchanged could contain one only if an earlier check failed.
-fn put_data(out: &mut BytesMut, part: &str) {
-    for (n, line) in part.split(['\n', '\r']).enumerate() {
-        if n > 0 {
-            out.put_slice(b"\ndata: ");
-        }
-        out.put_slice(line.as_bytes());
+/// The characters besides line feed and carriage return that end a line for some readers, such as
+/// `str.splitlines` of Python, with their escapes in JSON. The others of that kind are control
+/// characters, which JSON escapes anyway.
+const SEPARATORS: [(&[u8], &[u8]); 3] = [
+    ("\u{85}".as_bytes(), br"\u0085"),
+    ("\u{2028}".as_bytes(), br"\u2028"),
+    ("\u{2029}".as_bytes(), br"\u2029"),
+];
+
+/// The position of the first separator in a text, and its index in [`SEPARATORS`].
+fn next_separator(text: &[u8]) -> Option<(usize, usize)> {
+    // The first bytes of the three. They also begin other characters, which are rare in most texts.
+    memchr::memchr2_iter(0xc2, 0xe2, text).find_map(|at| {
+        let mut separators = SEPARATORS.iter();
+        let index = separators.position(|(separator, _)| text[at..].starts_with(separator))?;
+        Some((at, index))
+    })
+}
+
+/// Appends part of a `data:` field: JSON, in which separators can only be within strings, so that
+/// their escapes mean the same. JSON written by the node has no line ends; a payload passed through
+/// unchanged could contain one only if an earlier check failed.
+fn put_data(out: &mut BytesMut, mut json: &[u8]) {
+    while let Some((at, index)) = next_separator(json) {
+        let (separator, escape) = SEPARATORS[index];
+        put_lines(out, &json[..at]);
+        out.put_slice(escape);
+        json = &json[at + separator.len()..];
     }
+    put_lines(out, json);
+}
+
+fn put_lines(out: &mut BytesMut, mut text: &[u8]) {
+    while let Some(at) = memchr::memchr2(b'\n', b'\r', text) {
+        out.put_slice(&text[..at]);
+        out.put_slice(b"\ndata: ");
+        text = &text[at + 1..];
+    }
+    out.put_slice(text);
 }
 
 /// Renders `data:` of a notification, with the blank line that ends it.
@@ -468,9 +504,9 @@ fn render(record: &Record, route: usize) -> Rendered {
     let (before, after) = data::around_target(record.notification(), route);
     let mut out = BytesMut::with_capacity(before.len() + after.len() + 64);
     out.put_slice(b"data: ");
-    put_data(&mut out, &before);
+    put_data(&mut out, before.as_bytes());
     let before_target = out.split().freeze();
-    put_data(&mut out, &after);
+    put_data(&mut out, after.as_bytes());
     out.put_slice(b"\n\n");
     Rendered {
         before_target,
