@@ -22,6 +22,7 @@ const LEVELS: &[(&str, &[&[&str]])] = &[
                 "clock",
                 "duration",
                 "event",
+                "rate",
                 "shutdown",
                 "table",
                 "telemetry",

@@ -4,6 +4,7 @@
 mod authorization;
 mod clocks;
 mod cloudevents;
+mod connections;
 mod devices;
 mod durability;
 mod embedded;

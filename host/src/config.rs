@@ -20,7 +20,8 @@ use crate::http::{self, Origins};
 use crate::ingest;
 use crate::plugin::CompileIn;
 use crate::plugin::registry::settings;
-use crate::server::{self, ClientAddresses};
+use crate::rate::Rate;
+use crate::server::{self, AddressLimits, ClientAddresses};
 
 mod checks;
 mod layers;
@@ -220,7 +221,11 @@ impl Config {
             .map_err(|text| layers.fault("listen.admin_hosts", text))?
             .with_webhook_origins(&listen.webhook_origins)
             .map_err(|text| layers.fault("listen.webhook_origins", text))?;
-        let per_address = listen.max_connections_per_address;
+        let per_address = AddressLimits {
+            max_in_progress: listen.max_connections_per_address,
+            rate: Rate::new(listen.connection_rate_per_address),
+            proxy_protocol: listen.proxy_protocol,
+        };
         let addresses = ClientAddresses::new(&listen.trusted_proxies, per_address)
             .map_err(|text| layers.fault("listen.trusted_proxies", text))?;
         let auth = Auth::new(&auth, &[listen.address, listen.admin])

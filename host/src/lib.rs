@@ -14,6 +14,7 @@
 //! - [`config`]: from configuration sources to a validated configuration.
 //! - [`node`]: wires the parts, runs them and stops them.
 //! - [`escape`]: makes foreign text safe to print. `table`: reads configuration from tables only.
+//! - [`rate`]: how many of something may happen in a second.
 //! - [`telemetry`], [`shutdown`], [`clock`]: handles passed to every part.
 //!
 //! ARCHITECTURE.md describes how they fit together, and which may import which.
@@ -33,6 +34,7 @@ pub mod ingest;
 pub mod node;
 pub mod plugin;
 pub mod preview;
+pub mod rate;
 pub mod rollout;
 pub mod server;
 pub mod shutdown;

@@ -8,38 +8,42 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::time::Duration;
+use std::task::Poll;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
-use axum::http::{Request, Response};
+use axum::http::header::{CONNECTION, HeaderName};
+use axum::http::{HeaderValue, Method, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
-use hyper::service::Service;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Sleep;
 use tokio_rustls::server::TlsStream;
 use tokio_util::either::Either;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
 use crate::broker::NodeAddress;
+use crate::escape::printable;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::{Metrics, ReasonLabel};
 
 mod client_addresses;
 mod connection;
+mod proxy_header;
 mod response_budget;
 mod tls;
 
-pub use client_addresses::{AddressPermit, ClientAddresses, TooManyOfAddress};
-pub use connection::Connection;
+pub use client_addresses::{AddressLimits, AddressPermit, AddressRefusal, ClientAddresses};
+pub use connection::{Connection, Surplus};
 pub use response_budget::{
     Exhausted, FIRST_BYTES, ResponseBudget, ResponsePermit, hold as hold_until_sent,
 };
@@ -57,6 +61,9 @@ const MAX_HEAD: usize = 40 * 1024;
 /// The maximum number of concurrent requests on an HTTP/2 connection. `sse` bounds the streams over
 /// all connections.
 const MAX_MULTIPLEXED: u32 = 128;
+/// The target of the access log, for `log.filter`.
+const ACCESS_LOG: &str = "pointsman::access";
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 
 /// The `[listen]` section.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -95,13 +102,22 @@ pub struct Config {
     /// proxy, requests and streams in progress. Further connections are closed, further requests
     /// refused.
     pub max_connections_per_address: usize,
+    /// Connections that one client address may open to `address` per second, in bursts of up to ten
+    /// seconds' worth (0: any number); behind a trusted proxy, requests. Further ones are refused
+    /// with 429.
+    pub connection_rate_per_address: u32,
     /// Proxies whose `X-Forwarded-For` or `Forwarded` names the client, as addresses or networks
     /// (none).
     pub trusted_proxies: Vec<String>,
-    /// Time to send a request head (10s).
+    /// Whether the trusted proxies begin each connection to `address` with a header of the PROXY
+    /// protocol, version 1 or 2, which names the client (false).
+    pub proxy_protocol: bool,
+    /// Time to send a request head, from its first byte, or of the first head from the beginning of
+    /// the connection (10s).
     #[serde(with = "crate::duration")]
     pub header_timeout: Duration,
     /// Time after which a connection without an open stream or a request in progress ends (75s).
+    /// Responses tell it to their clients (`Keep-Alive: timeout=75`).
     #[serde(with = "crate::duration")]
     pub idle_timeout: Duration,
     /// Time for a shutdown; the ends of streams are spread over it (10s).
@@ -123,7 +139,9 @@ impl Default for Config {
             admin_hosts: Vec::new(),
             max_connections: 10_000,
             max_connections_per_address: 1_000,
+            connection_rate_per_address: 0,
             trusted_proxies: Vec::new(),
+            proxy_protocol: false,
             header_timeout: Duration::from_secs(10),
             // Proxies keep idle connections for 60 s or less: they close first, so that no request
             // meets a connection that is just ending.
@@ -170,6 +188,54 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(4096)
 }
 
+/// What the connections of a listener share.
+#[derive(Clone)]
+struct Service {
+    tls: Option<Tls>,
+    routes: axum::Router,
+    bounds: Bounds,
+    addresses: Option<ClientAddresses>,
+    metrics: Metrics,
+    shutdown: Shutdown,
+    /// The value of `Keep-Alive`, by which clients know for how long they may use a connection again.
+    keep_alive: HeaderValue,
+    /// Extra permits to refuse a connection in HTTP, so that an `EventSource` can read when to
+    /// reconnect; bounded as well.
+    surplus_permits: Arc<Semaphore>,
+    kill_all: CancellationToken,
+}
+
+impl Service {
+    /// Counts a connection that is closed without a response: nothing more is held for it. An
+    /// `EventSource` sees a network error and reconnects.
+    fn note_refused(&self, reason: &'static str) {
+        let refused = &self.metrics.connections_refused;
+        refused.get_or_create(&ReasonLabel { reason }).inc();
+    }
+
+    /// Counts a connection of this client address. `None`: it is closed without a response.
+    fn admit(&self, client: IpAddr) -> Option<(Option<AddressPermit>, Option<Surplus>)> {
+        let addresses = self.addresses.as_ref();
+        match addresses.map(|addresses| addresses.connect(client)) {
+            None => Some((None, None)),
+            Some(Ok(permit)) => Some((permit, None)),
+            Some(Err(AddressRefusal::TooFast(wait))) => Some((None, Some(Surplus::TooFast(wait)))),
+            Some(Err(AddressRefusal::TooMany)) => {
+                self.note_refused("address");
+                None
+            }
+        }
+    }
+
+    fn try_surplus_permit(&self) -> Option<OwnedSemaphorePermit> {
+        let permit = Arc::clone(&self.surplus_permits).try_acquire_owned().ok();
+        if permit.is_none() {
+            self.note_refused("listener");
+        }
+        permit
+    }
+}
+
 /// Serves `routes` until the shutdown begins, then lets running requests finish. Returns when the
 /// last connection is closed. The shutdown grace period in `node.rs` bounds that wait: after it,
 /// `Shutdown::skip` cuts the remaining connections.
@@ -182,23 +248,25 @@ pub async fn serve(
     metrics: Metrics,
     shutdown: Shutdown,
 ) {
-    let refused = |reason| {
-        metrics
-            .connections_refused
-            .get_or_create(&ReasonLabel { reason })
-            .inc();
-    };
     let permits = Arc::new(Semaphore::new(
         bounds.max_connections.clamp(1, Semaphore::MAX_PERMITS),
     ));
-    // Extra permits to refuse a connection in HTTP, so that an `EventSource` can read when to
-    // reconnect; bounded as well.
-    let surplus_permits = Arc::new(Semaphore::new(bounds.max_connections / 16 + 16));
+    let service = Service {
+        tls,
+        routes,
+        bounds,
+        addresses,
+        metrics,
+        shutdown,
+        keep_alive: HeaderValue::try_from(format!("timeout={}", bounds.idle_timeout.as_secs()))
+            .expect("digits"),
+        surplus_permits: Arc::new(Semaphore::new(bounds.max_connections / 16 + 16)),
+        kill_all: CancellationToken::new(),
+    };
     let connections = tokio_util::task::TaskTracker::new();
-    let kill_all = CancellationToken::new();
     loop {
         let accepted = tokio::select! {
-            () = shutdown.begun() => break,
+            () = service.shutdown.begun() => break,
             accepted = listener.accept() => accepted,
         };
         let (stream, peer) = match accepted {
@@ -212,44 +280,36 @@ pub async fn serve(
                 continue;
             }
         };
-        let of_address = match &addresses {
-            None => None,
-            Some(addresses) => match addresses.connect(peer.ip()) {
-                Ok(permit) => permit,
-                // Closed without a response, so that nothing more is held for it.
-                Err(TooManyOfAddress) => {
-                    refused("address");
-                    continue;
-                }
-            },
+        let is_proxied = service
+            .addresses
+            .as_ref()
+            .is_some_and(|addresses| addresses.sends_proxy_header(peer.ip()));
+        let admitted = if is_proxied {
+            None
+        } else {
+            let Some(admitted) = service.admit(peer.ip()) else {
+                continue;
+            };
+            Some(admitted)
         };
         // Taken before the task is spawned: a burst must not outrun the bound.
-        let (permit, is_surplus) = match Arc::clone(&permits).try_acquire_owned() {
+        let (permit, is_full) = match Arc::clone(&permits).try_acquire_owned() {
             Ok(permit) => (permit, false),
-            Err(_) => match Arc::clone(&surplus_permits).try_acquire_owned() {
-                Ok(permit) => (permit, true),
-                // Closed without a response: nothing more is held for it. An `EventSource` sees a
-                // network error and reconnects.
-                Err(_) => {
-                    refused("listener");
-                    continue;
-                }
+            Err(_) => match service.try_surplus_permit() {
+                Some(permit) => (permit, true),
+                None => continue,
             },
         };
-        let connection = Arc::new(Connection::new(peer, is_surplus, kill_all.child_token()));
         // Extension point: to let a stream bypass hyper, read the head of the first request here,
         // hand a GET of /v1/stream in HTTP/1 to a writer that owns the bare socket, and hand every
         // other request to hyper with the bytes already read put back in front.
-        connections.spawn(drive(
+        let arrival = Arrival {
             stream,
-            tls.clone(),
-            connection,
-            routes.clone(),
-            bounds,
-            metrics.clone(),
-            shutdown.clone(),
-            (permit, of_address),
-        ));
+            peer,
+            permit,
+            is_full,
+        };
+        connections.spawn(greet(arrival, admitted, service.clone()));
     }
     // Closed before the wait, so that new connections are refused instead of queued.
     drop(listener);
@@ -257,48 +317,158 @@ pub async fn serve(
     connections.close();
     tokio::select! {
         () = connections.wait() => return,
-        () = shutdown.skipped() => kill_all.cancel(),
+        () = service.shutdown.skipped() => service.kill_all.cancel(),
     }
     connections.wait().await;
+}
+
+/// A connection that was just accepted.
+struct Arrival {
+    stream: TcpStream,
+    peer: SocketAddr,
+    permit: OwnedSemaphorePermit,
+    /// Whether the listener is at its limit.
+    is_full: bool,
+}
+
+/// Finds out which client a connection belongs to, and serves it.
+async fn greet(
+    arrival: Arrival,
+    admitted: Option<(Option<AddressPermit>, Option<Surplus>)>,
+    service: Service,
+) {
+    let Arrival {
+        mut stream,
+        mut peer,
+        mut permit,
+        is_full,
+    } = arrival;
+    let (of_address, too_fast) = match admitted {
+        Some(admitted) => admitted,
+        None => {
+            let header = proxy_header::read(&mut stream);
+            let limit = service.bounds.header_timeout;
+            match tokio::time::timeout(limit, header).await {
+                Ok(Ok(client)) => peer = client.unwrap_or(peer),
+                Ok(Err(error)) => {
+                    service.note_refused("proxy_header");
+                    tracing::debug!(%peer, %error, "connection of a trusted proxy without a valid PROXY header refused; let it send one, or set listen.proxy_protocol = false");
+                    return;
+                }
+                Err(_) => return service.note_refused("proxy_header"),
+            }
+            match service.admit(peer.ip()) {
+                Some(admitted) => admitted,
+                None => return,
+            }
+        }
+    };
+    let surplus = is_full.then_some(Surplus::Listener).or(too_fast);
+    if surplus.is_some() && !is_full {
+        // It takes no place of a connection that is served.
+        match service.try_surplus_permit() {
+            Some(surplus) => permit = surplus,
+            None => return,
+        }
+    }
+    let kill = service.kill_all.child_token();
+    let connection = Arc::new(Connection::new(peer, surplus, kill));
+    drive(stream, connection, service).await;
+    // Held until here, so that the connection counts until it ends.
+    drop((permit, of_address));
 }
 
 /// Passes the requests of a connection to the routes.
 fn requests(
     connection: Arc<Connection>,
-    routes: axum::Router,
-) -> impl Service<
+    service: &Service,
+) -> impl hyper::service::Service<
     Request<Incoming>,
     Response = Response<ResponseBody>,
     Error = Infallible,
     Future: Send + 'static,
-> {
+> + use<> {
+    let routes = service.routes.clone();
+    let addresses = service.addresses.clone();
+    let keep_alive = (!connection.is_surplus()).then(|| service.keep_alive.clone());
     hyper::service::service_fn(move |request: Request<Incoming>| {
         // Before the task of an HTTP/2 request runs, which its client may reset at once.
-        let in_progress = connection.begin_request();
+        let in_progress = connection.begin_request(request.version());
         let (connection, routes) = (Arc::clone(&connection), routes.clone());
+        let keep_alive = keep_alive.clone().filter(|_| keeps_alive(&request));
+        let access = Access::of(&request, connection.peer(), addresses.as_ref());
         async move {
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(connection.carrier());
             request.extensions_mut().insert(connection);
-            let response = routes.oneshot(request).await?;
+            let mut response = routes.oneshot(request).await?;
+            if let Some(keep_alive) = keep_alive {
+                response.headers_mut().insert(KEEP_ALIVE, keep_alive);
+            }
+            if let Some(access) = access {
+                access.log(response.status());
+            }
             Ok::<_, Infallible>(response.map(|body| ResponseBody::new(body, in_progress)))
         }
     })
 }
 
+/// Whether the client may send another request on the connection.
+fn keeps_alive(request: &Request<Incoming>) -> bool {
+    let mut options = request.headers().get_all(CONNECTION).iter();
+    request.version() == Version::HTTP_11
+        && !options.any(|value| value.as_bytes().eq_ignore_ascii_case(b"close"))
+}
+
+/// A line of the access log. Without the query, which may contain a token, and without headers.
+struct Access {
+    method: Method,
+    path: String,
+    version: Version,
+    client: IpAddr,
+    begun: Instant,
+}
+
+impl Access {
+    /// `None` while the log is off.
+    fn of(
+        request: &Request<Incoming>,
+        peer: SocketAddr,
+        addresses: Option<&ClientAddresses>,
+    ) -> Option<Self> {
+        if !tracing::enabled!(target: ACCESS_LOG, tracing::Level::DEBUG) {
+            return None;
+        }
+        let peer = peer.ip();
+        let client = addresses.map(|addresses| addresses.client_of(peer, request.headers()));
+        Some(Self {
+            method: request.method().clone(),
+            path: printable(request.uri().path()),
+            version: request.version(),
+            client: client.unwrap_or(peer),
+            begun: Instant::now(),
+        })
+    }
+
+    /// Once the head of the response is known: a stream has no end yet.
+    fn log(self, status: StatusCode) {
+        let Self {
+            method,
+            path,
+            version,
+            client,
+            begun,
+        } = self;
+        let (status, ms) = (status.as_u16(), begun.elapsed().as_millis() as u64);
+        tracing::debug!(target: ACCESS_LOG, %client, %method, path, ?version, status, ms, "request");
+    }
+}
+
 /// Serves one connection from its first byte to its end.
 ///
 /// In one piece: everything that can end a connection stands in one `select`.
-async fn drive(
-    stream: TcpStream,
-    tls: Option<Tls>,
-    connection: Arc<Connection>,
-    routes: axum::Router,
-    bounds: Bounds,
-    metrics: Metrics,
-    shutdown: Shutdown,
-    permits: (OwnedSemaphorePermit, Option<AddressPermit>),
-) {
+async fn drive(stream: TcpStream, connection: Arc<Connection>, service: Service) {
+    let bounds = service.bounds;
     set_socket_options(&stream, &connection);
     let socket = CountingSocket {
         stream,
@@ -307,8 +477,8 @@ async fn drive(
     let transport = tokio::select! {
         biased;
         () = connection.killed() => return,
-        () = shutdown.begun(), if tls.is_some() => return,
-        transport = transport(socket, tls, bounds.header_timeout) => transport,
+        () = service.shutdown.begun(), if service.tls.is_some() => return,
+        transport = transport(socket, service.tls.as_ref(), bounds.header_timeout) => transport,
     };
     let transport = match transport {
         Ok(transport) => transport,
@@ -317,21 +487,20 @@ async fn drive(
             return;
         }
     };
-    let builder = http_builder(bounds.header_timeout, !connection.is_surplus());
+    let builder = http_builder(!connection.is_surplus());
     let mut serving = pin!(builder.serve_connection(
         TokioIo::new(transport),
-        requests(Arc::clone(&connection), routes)
+        requests(Arc::clone(&connection), &service)
     ));
-    // Hyper's own timer starts with the first bytes of a head that it takes for HTTP/1. Only this
-    // deadline catches a silent client, or one that sends half of the HTTP/2 preface. A surplus
-    // connection gets no more than this time in total.
-    let mut deadline = pin!(tokio::time::sleep(bounds.header_timeout));
+    let mut head_timer = pin!(tokio::time::sleep(bounds.header_timeout));
+    // A surplus connection gets no more than this time in total.
+    let mut surplus_end = pin!(tokio::time::sleep(bounds.header_timeout));
     // Without it, connections that are kept without use would hold `max_connections` for good.
     let mut idle_check = pin!(tokio::time::sleep(bounds.idle_timeout));
     // Without it, a client that does not read would hold its responses for good.
     let mut stall_check = pin!(tokio::time::sleep(bounds.stall_timeout));
     let mut was_asked_to_end = false;
-    let (mut is_ending, mut is_timed) = (false, true);
+    let mut is_ending = false;
     loop {
         tokio::select! {
             // A kill takes effect before the connection is polled again, which could write more.
@@ -344,16 +513,12 @@ async fn drive(
                 break;
             }
             // Once only: the token stays cancelled and the loop would spin.
-            () = shutdown.begun(), if !is_ending => {
+            () = service.shutdown.begun(), if !is_ending => {
                 is_ending = true;
                 serving.as_mut().graceful_shutdown();
             }
-            () = deadline.as_mut(), if is_timed => {
-                is_timed = false;
-                if connection.is_surplus() || !connection.has_request() {
-                    break;
-                }
-            }
+            () = head_overdue(&connection, bounds.header_timeout, head_timer.as_mut()) => break,
+            () = surplus_end.as_mut(), if connection.is_surplus() => break,
             () = idle_check.as_mut() => {
                 let wait = match connection.idle_for() {
                     Some(idle) if idle >= bounds.idle_timeout => {
@@ -373,15 +538,32 @@ async fn drive(
             () = stall_check.as_mut() => {
                 let check = connection.cut_stalled(bounds.stall_timeout);
                 if check.n_cut > 0 {
-                    metrics.responses_stalled.inc_by(check.n_cut);
+                    service.metrics.responses_stalled.inc_by(check.n_cut);
                     tracing::debug!(peer = %connection.peer(), n_responses = check.n_cut, "cut responses whose client reads nothing");
                 }
                 stall_check.as_mut().reset(check.next.into());
             }
         }
     }
-    // Moved into this task, so that the connection counts until it ends.
-    drop(permits);
+}
+
+/// Waits until a head has been incomplete for `limit`. To be polled after the connection itself,
+/// whose reads begin a head. Hyper's own timer would also run while a connection is idle, which may
+/// take much longer than a head, and not in HTTP/2.
+fn head_overdue<'a>(
+    connection: &'a Connection,
+    limit: Duration,
+    mut timer: Pin<&'a mut Sleep>,
+) -> impl Future<Output = ()> + 'a {
+    std::future::poll_fn(move |cx| {
+        let Some(deadline) = connection.head_deadline(limit) else {
+            return Poll::Pending;
+        };
+        if timer.deadline() != deadline.into() {
+            timer.as_mut().reset(deadline.into());
+        }
+        timer.as_mut().poll(cx)
+    })
 }
 
 /// A connection with or without TLS. The socket counts what it accepts, encrypted or not.
@@ -390,7 +572,7 @@ type Transport = Either<CountingSocket, TlsStream<CountingSocket>>;
 /// Completes the TLS handshake, if the listener uses TLS, within `timeout`.
 async fn transport(
     socket: CountingSocket,
-    tls: Option<Tls>,
+    tls: Option<&Tls>,
     timeout: Duration,
 ) -> io::Result<Transport> {
     let Some(tls) = tls else {
@@ -413,12 +595,12 @@ fn set_socket_options(stream: &TcpStream, connection: &Connection) {
 }
 
 /// The HTTP versions and limits of a connection.
-fn http_builder(header_timeout: Duration, keeps_alive: bool) -> Builder<Spawner> {
+fn http_builder(keeps_alive: bool) -> Builder<Spawner> {
     let mut builder = Builder::new(Spawner);
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(header_timeout)
+        .header_read_timeout(None)
         .keep_alive(keeps_alive)
         .max_headers(100)
         // Also bounds the buffered part of a response, but a stream produces no more than is
@@ -455,7 +637,7 @@ mod tests {
     use axum::routing::get;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-    const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+    const LOOPBACK: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
     fn start(
         bounds: Bounds,
@@ -546,7 +728,11 @@ mod tests {
     #[tokio::test]
     async fn a_connection_above_the_limit_of_its_address_is_closed_and_one_is_free_again_later() {
         let routes = axum::Router::new().route("/", get(|| async { "x" }));
-        let addresses = ClientAddresses::of_loopback(2);
+        let addresses = ClientAddresses::of_loopback(AddressLimits {
+            max_in_progress: 2,
+            rate: None,
+            proxy_protocol: false,
+        });
         let (address, ..) =
             start_with(bounds(10, Duration::from_secs(60)), Some(addresses), routes);
         let ask = async || {

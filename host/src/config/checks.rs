@@ -70,6 +70,11 @@ pub(super) fn listen(layers: &Layers, listen: &server::Config) -> Result<(), Err
         }
         Some(Ok(())) | None => {}
     }
+    if listen.proxy_protocol && listen.trusted_proxies.is_empty() {
+        let text =
+            "is true, but listen.trusted_proxies is empty; list the proxies that send the header";
+        return Err(layers.fault("listen.proxy_protocol", text));
+    }
     numbers(
         layers,
         [

@@ -1,6 +1,8 @@
 //! The error type of all handlers: a short public message with its fix as JSON, and the full cause
 //! in the log.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
@@ -113,6 +115,15 @@ impl ApiError {
     /// 429 with `Retry-After`: the broker accepts no more events until its backlog shrinks.
     pub fn backlog(error: impl Into<String>) -> Self {
         Self::new(StatusCode::TOO_MANY_REQUESTS, "backlog", error).retry_soon()
+    }
+
+    /// 429 with `Retry-After`: the client is above its rate for `wait`.
+    pub fn too_fast(error: impl Into<String>, wait: Duration) -> Self {
+        let seconds = wait.as_secs_f64().ceil().clamp(1.0, f64::from(u16::MAX));
+        Self {
+            retry_after_s: Some(seconds as u16),
+            ..Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limited", error)
+        }
     }
 
     /// 503 with `Retry-After`: the broker is unavailable.

@@ -2,6 +2,7 @@
 //! the admin listener, and the count of refused requests.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::{self, Request};
 use axum::http::header::{ACCEPT_ENCODING, CACHE_CONTROL, HOST, ORIGIN, TRANSFER_ENCODING};
@@ -14,7 +15,7 @@ use super::coding::{Coding, INFLATED};
 use super::error::Refused;
 use super::{ApiError, State};
 use crate::server::{
-    ClientAddresses, Connection, ResponseBudget, TooManyOfAddress, hold_until_sent,
+    AddressRefusal, ClientAddresses, Connection, ResponseBudget, Surplus, hold_until_sent,
 };
 use crate::telemetry::metrics::ReasonLabel;
 
@@ -35,21 +36,28 @@ pub(super) async fn other_method(request: Request) -> ApiError {
     ))
 }
 
-/// Refuses a connection above the limit. A stream request passes, because it reports the limit in
+/// Refuses a connection above a limit. A stream request passes, because it reports the limit in
 /// band, with 200 and a `retry`: an `EventSource` never reconnects after any other status.
 pub(super) async fn refuse_surplus(request: Request, next: Next) -> Response {
-    let is_surplus = request
-        .extensions()
-        .get::<Arc<Connection>>()
-        .is_some_and(|connection| connection.is_surplus());
-    if is_surplus && request.uri().path() != "/v1/stream" {
-        return ApiError::overloaded("this node has reached its connection limit").into_response();
+    let connection = request.extensions().get::<Arc<Connection>>();
+    let surplus = connection.and_then(|connection| connection.surplus());
+    match surplus.filter(|_| request.uri().path() != "/v1/stream") {
+        None => next.run(request).await,
+        Some(Surplus::Listener) => {
+            ApiError::overloaded("this node has reached its connection limit").into_response()
+        }
+        Some(Surplus::TooFast(wait)) => too_fast(wait).into_response(),
     }
-    next.run(request).await
+}
+
+fn too_fast(wait: Duration) -> ApiError {
+    let reason = "this address opens connections or sends requests too fast";
+    ApiError::too_fast(reason, wait)
+        .fix("use connections again, and repeat the request after Retry-After")
 }
 
 /// Refuses requests of a client behind a trusted proxy that has as many in progress as one address
-/// may have. As above, a stream request passes and reports it in band.
+/// may have, or sends them too fast. As above, a stream request passes and reports it in band.
 pub(super) async fn bound_addresses(
     extract::State(state): extract::State<Arc<State>>,
     mut request: Request,
@@ -68,11 +76,12 @@ pub(super) async fn bound_addresses(
                 None => response,
             }
         }
-        Err(too_many) if request.uri().path() == "/v1/stream" => {
-            request.extensions_mut().insert(too_many);
+        Err(refusal) if request.uri().path() == "/v1/stream" => {
+            request.extensions_mut().insert(refusal);
             next.run(request).await
         }
-        Err(TooManyOfAddress) => ApiError::overloaded(
+        Err(AddressRefusal::TooFast(wait)) => too_fast(wait).into_response(),
+        Err(AddressRefusal::TooMany) => ApiError::overloaded(
             "too many requests of this address are in progress",
         )
         .fix("wait for the responses to earlier requests, and close streams that are not needed")

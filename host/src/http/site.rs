@@ -13,7 +13,7 @@ use crate::broker::Broker;
 use crate::broker::fake::FakeBroker;
 use crate::delivery::hub::Hub;
 use crate::delivery::sse::{self, StreamTimer};
-use crate::server::ClientAddresses;
+use crate::server::{AddressLimits, ClientAddresses};
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::readiness::Readiness;
@@ -63,7 +63,15 @@ impl Site {
             node: "test/1".to_owned(),
             auth,
             origins,
-            addresses: ClientAddresses::new(&[], usize::MAX).unwrap(),
+            addresses: ClientAddresses::new(
+                &[],
+                AddressLimits {
+                    max_in_progress: usize::MAX,
+                    rate: None,
+                    proxy_protocol: false,
+                },
+            )
+            .unwrap(),
             limits: Limits::default(),
         };
         Arc::new(State::new(

@@ -1,7 +1,7 @@
 //! The state that the handlers of a node share, and the bounds on what they hold at once.
 
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
@@ -15,6 +15,7 @@ use crate::delivery::device_cursors::DeviceCursors;
 use crate::delivery::hub::Hub;
 use crate::delivery::sse::StreamTimer;
 use crate::ingest::pipeline::Pipeline;
+use crate::rate::{Bucket, Rate};
 use crate::rollout::Fleet;
 use crate::server::{ClientAddresses, ResponseBudget};
 use crate::telemetry::metrics::Metrics;
@@ -41,6 +42,9 @@ pub struct Limits {
     pub batch_bytes: usize,
     /// The maximum number of events in a batch (10,000).
     pub batch_events: usize,
+    /// Events per second that may be published by HTTP with the API key, in bursts of up to ten
+    /// seconds' worth (0: any number). Further requests are refused with 429.
+    pub publish_rate: u32,
     /// The maximum number of concurrent publish requests (64). Further requests wait up to
     /// `publish_wait` and are then refused with 503.
     pub publish_requests: usize,
@@ -71,6 +75,7 @@ impl Default for Limits {
             backlog_entries: 1_000_000,
             batch_bytes: 4 * 1024 * 1024,
             batch_events: 10_000,
+            publish_rate: 0,
             publish_requests: 64,
             publish_wait: Duration::from_secs(5),
             body_timeout: Duration::from_secs(30),
@@ -106,6 +111,8 @@ pub struct State {
     pub(super) publishing: Semaphore,
     /// The order in which large publish requests are appended.
     pub(super) turns: Turns,
+    /// What is left of `limits.publish_rate`.
+    pub(super) publish_rate: Option<Mutex<Bucket>>,
     /// Bounds the dry runs, which take none of the places of publish requests.
     pub(super) dry_running: Semaphore,
     /// Bounds the request bodies on the public listener.
@@ -149,6 +156,8 @@ impl State {
             limits,
         } = settings;
         let publishing = Semaphore::new(limits.publish_requests.clamp(1, Semaphore::MAX_PERMITS));
+        let publish_rate = Rate::new(limits.publish_rate);
+        let publish_rate = publish_rate.map(|rate| Mutex::new(Bucket::full(rate, Instant::now())));
         let bodies = BodyBudget::new(&limits);
         let responses = ResponseBudget::new(limits.response_bytes);
         let admin_responses = ResponseBudget::new(limits.response_bytes);
@@ -167,6 +176,7 @@ impl State {
             addresses,
             publishing,
             turns: Turns::default(),
+            publish_rate,
             dry_running: Semaphore::new(MAX_DRY_RUNS),
             bodies,
             responses,

@@ -4,7 +4,11 @@
 //! many clients and does not count: loopback addresses, those in `listen.trusted_proxies`, and while
 //! that is empty, private addresses. Behind a trusted proxy a client counts with its requests and
 //! streams in progress, by the address that the proxy has added to `X-Forwarded-For` or `Forwarded`.
-//! In IPv6 one client may use a whole /64, which counts as one address.
+//! In IPv6 one client may use a whole /64, which counts as one address. The same addresses have a
+//! rate: of connections, or behind a trusted proxy of requests.
+//!
+//! A proxy that speaks the PROXY protocol names the client of the whole connection, which then counts
+//! as a direct peer.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -14,6 +18,8 @@ use std::time::{Duration, Instant};
 use axum::http::HeaderMap;
 use ipnet::IpNet;
 
+use crate::rate::{Bucket, Rate};
+
 /// A cheap handle: clones share the counts.
 #[derive(Clone, Debug)]
 pub struct ClientAddresses(Arc<AddressesInner>);
@@ -21,9 +27,10 @@ pub struct ClientAddresses(Arc<AddressesInner>);
 #[derive(Debug)]
 struct AddressesInner {
     trusted: Vec<IpNet>,
-    max_per_address: usize,
+    limits: AddressLimits,
     counts_loopback: bool,
     in_progress: Mutex<HashMap<IpAddr, usize>>,
+    recent: Mutex<Recent>,
     /// The time of the last warning about a request without a client's address.
     warned: Mutex<Option<Instant>>,
 }
@@ -35,9 +42,52 @@ pub struct AddressPermit {
     address: IpAddr,
 }
 
-/// A client address is at its bound.
+/// The bounds of each client address.
+#[derive(Clone, Copy, Debug)]
+pub struct AddressLimits {
+    /// Connections open, or requests in progress, at a time.
+    pub max_in_progress: usize,
+    /// Connections, or requests, per second.
+    pub rate: Option<Rate>,
+    /// Whether trusted proxies begin their connections with a PROXY header.
+    pub proxy_protocol: bool,
+}
+
+/// A client address is at one of its bounds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TooManyOfAddress;
+pub enum AddressRefusal {
+    TooMany,
+    /// How long it has to wait.
+    TooFast(Duration),
+}
+
+/// What is left of the rates of the addresses that came recently.
+#[derive(Debug, Default)]
+struct Recent {
+    buckets: HashMap<IpAddr, Bucket>,
+    /// The number at which those are removed that have waited for long enough.
+    full: usize,
+}
+
+impl Recent {
+    /// # Errors
+    /// How long the address has to wait.
+    fn take(&mut self, address: IpAddr, rate: Rate, now: Instant) -> Result<(), Duration> {
+        if self.buckets.len() >= self.full {
+            self.buckets.retain(|_, bucket| !bucket.is_full(now));
+            self.full = 2 * self.buckets.len() + 1024;
+        }
+        let bucket = self.buckets.entry(address);
+        let bucket = bucket.or_insert_with(|| Bucket::full(rate, now));
+        match bucket.wait(now) {
+            None => {
+                bucket.take(1, now);
+                Ok(())
+            }
+            Some(wait) => Err(wait),
+        }
+    }
+}
 
 impl Drop for AddressPermit {
     fn drop(&mut self) {
@@ -56,7 +106,7 @@ impl ClientAddresses {
     ///
     /// # Errors
     /// A message about the first text that is neither.
-    pub fn new(trusted: &[String], max_per_address: usize) -> Result<Self, String> {
+    pub fn new(trusted: &[String], limits: AddressLimits) -> Result<Self, String> {
         let parse = |text: &String| {
             let network = text.parse::<IpNet>();
             let network = network.or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
@@ -70,21 +120,23 @@ impl ClientAddresses {
         let trusted = trusted.iter().map(parse).collect::<Result<_, _>>()?;
         Ok(Self(Arc::new(AddressesInner {
             trusted,
-            max_per_address,
+            limits,
             counts_loopback: false,
             in_progress: Mutex::default(),
+            recent: Mutex::default(),
             warned: Mutex::default(),
         })))
     }
 
     /// Counts loopback addresses too: tests have no others.
     #[cfg(test)]
-    pub(super) fn of_loopback(max_per_address: usize) -> Self {
+    pub(super) fn of_loopback(limits: AddressLimits) -> Self {
         Self(Arc::new(AddressesInner {
             trusted: Vec::new(),
-            max_per_address,
+            limits,
             counts_loopback: true,
             in_progress: Mutex::default(),
+            recent: Mutex::default(),
             warned: Mutex::default(),
         }))
     }
@@ -92,8 +144,8 @@ impl ClientAddresses {
     /// Counts a connection of this peer. `None`: the peer does not count.
     ///
     /// # Errors
-    /// The peer has the maximum open.
-    pub fn connect(&self, peer: IpAddr) -> Result<Option<AddressPermit>, TooManyOfAddress> {
+    /// The peer has the maximum open, or has opened too many in a short time.
+    pub fn connect(&self, peer: IpAddr) -> Result<Option<AddressPermit>, AddressRefusal> {
         let peer = peer.to_canonical();
         let is_proxy = (peer.is_loopback() && !self.0.counts_loopback)
             || self.trusts(peer)
@@ -109,17 +161,17 @@ impl ClientAddresses {
     /// trusted proxy, or does not name a client.
     ///
     /// # Errors
-    /// The client has the maximum in progress.
+    /// The client has the maximum in progress, or has sent too many in a short time.
     pub fn begin(
         &self,
         peer: IpAddr,
         headers: &HeaderMap,
-    ) -> Result<Option<AddressPermit>, TooManyOfAddress> {
+    ) -> Result<Option<AddressPermit>, AddressRefusal> {
         if !self.is_trusted_proxy(peer) {
             return Ok(None);
         }
         let client = self.client(headers);
-        if client.is_none() {
+        if client.is_none() && !self.0.limits.proxy_protocol {
             self.warn_of_unnamed_client(peer);
         }
         client.map(|client| self.count(client)).transpose()
@@ -130,11 +182,16 @@ impl ClientAddresses {
         self.trusts(peer.to_canonical())
     }
 
-    /// The client of a request: the one that a trusted proxy names, otherwise the peer.
+    /// Whether this peer begins its connections with a PROXY header.
+    pub fn sends_proxy_header(&self, peer: IpAddr) -> bool {
+        self.0.limits.proxy_protocol && self.is_trusted_proxy(peer)
+    }
+
+    /// The address of the client that sent a request: the peer, or the client that a trusted proxy
+    /// names.
     pub fn client_of(&self, peer: IpAddr, headers: &HeaderMap) -> IpAddr {
-        let peer = peer.to_canonical();
-        let named = self.trusts(peer).then(|| self.client(headers)).flatten();
-        named.unwrap_or(peer)
+        let named = self.is_trusted_proxy(peer).then(|| self.client(headers));
+        named.flatten().unwrap_or(peer)
     }
 
     /// The client that the proxies name: read from the right, where the nearest proxy has added its
@@ -176,15 +233,20 @@ impl ClientAddresses {
             .any(|network| network.contains(&address))
     }
 
-    fn count(&self, address: IpAddr) -> Result<AddressPermit, TooManyOfAddress> {
+    fn count(&self, address: IpAddr) -> Result<AddressPermit, AddressRefusal> {
         let address = match address {
             IpAddr::V4(_) => address,
             IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() & (u128::MAX << 64))),
         };
         let mut in_progress = self.in_progress();
         let n = in_progress.get(&address).copied().unwrap_or_default();
-        if n >= self.0.max_per_address {
-            return Err(TooManyOfAddress);
+        if n >= self.0.limits.max_in_progress {
+            return Err(AddressRefusal::TooMany);
+        }
+        if let Some(rate) = self.0.limits.rate {
+            let mut recent = self.0.recent.lock().unwrap_or_else(PoisonError::into_inner);
+            let taken = recent.take(address, rate, Instant::now());
+            taken.map_err(AddressRefusal::TooFast)?;
         }
         in_progress.insert(address, n + 1);
         drop(in_progress);
@@ -249,7 +311,15 @@ mod tests {
 
     fn addresses(trusted: &[&str], max: usize) -> ClientAddresses {
         let trusted: Vec<String> = trusted.iter().map(|text| (*text).to_owned()).collect();
-        ClientAddresses::new(&trusted, max).unwrap()
+        ClientAddresses::new(&trusted, limits(max)).unwrap()
+    }
+
+    fn limits(max_in_progress: usize) -> AddressLimits {
+        AddressLimits {
+            max_in_progress,
+            rate: None,
+            proxy_protocol: false,
+        }
     }
 
     #[test]
@@ -258,14 +328,14 @@ mod tests {
         let held: Vec<_> = (0..2).map(|_| open.connect(ip("203.0.113.7"))).collect();
         assert!(held.iter().all(|held| matches!(held, Ok(Some(_)))));
         let mapped = open.connect(ip("::ffff:203.0.113.7"));
-        assert!(matches!(mapped, Err(TooManyOfAddress)));
+        assert!(matches!(mapped, Err(AddressRefusal::TooMany)));
         assert!(matches!(open.connect(ip("203.0.113.8")), Ok(Some(_))));
         drop(held);
         assert!(matches!(open.connect(ip("203.0.113.7")), Ok(Some(_))));
         let _first = open.connect(ip("2001:db8::1"));
         let _second = open.connect(ip("2001:db8::2"));
         let third = open.connect(ip("2001:db8::3"));
-        assert!(matches!(third, Err(TooManyOfAddress)));
+        assert!(matches!(third, Err(AddressRefusal::TooMany)));
         for proxy in ["127.0.0.1", "::1", "10.1.2.3", "100.64.0.1", "fd00::1"] {
             assert!(matches!(open.connect(ip(proxy)), Ok(None)), "{proxy}");
         }
@@ -320,9 +390,30 @@ mod tests {
     }
 
     #[test]
+    fn an_address_that_comes_too_fast_waits_and_the_memory_of_others_is_bounded() {
+        let mut recent = Recent::default();
+        let (rate, now) = (Rate::new(1).unwrap(), Instant::now());
+        for _ in 0..10 {
+            recent.take(ip("203.0.113.7"), rate, now).unwrap();
+        }
+        let wait = recent.take(ip("203.0.113.7"), rate, now).unwrap_err();
+        assert_eq!(wait, Duration::from_secs(1));
+        recent.take(ip("203.0.113.8"), rate, now).unwrap();
+        for n in 0..100_000_u32 {
+            let later = now + Duration::from_millis(u64::from(n));
+            recent.take(IpAddr::V4(n.into()), rate, later).unwrap();
+        }
+        assert!(
+            recent.buckets.len() < 10_000,
+            "{} addresses",
+            recent.buckets.len()
+        );
+    }
+
+    #[test]
     fn a_text_that_is_neither_address_nor_network_is_refused() {
         for wrong in ["", "10.0.0.0/33", "proxy.internal"] {
-            let refused = ClientAddresses::new(&[wrong.to_owned()], 1).unwrap_err();
+            let refused = ClientAddresses::new(&[wrong.to_owned()], limits(1)).unwrap_err();
             assert!(refused.contains("use one such as"), "{refused}");
         }
     }

@@ -12,12 +12,13 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
+use axum::http::Version;
 use bytes::Bytes;
 use futures_util::task::AtomicWaker;
 use http_body::{Body as _, Frame};
@@ -36,8 +37,7 @@ const CHUNK: usize = 16 * 1024;
 #[derive(Debug)]
 pub struct Connection {
     peer: SocketAddr,
-    is_surplus: bool,
-    has_request: AtomicBool,
+    surplus: Option<Surplus>,
     usage: Mutex<Usage>,
     kill: CancellationToken,
     /// Bytes that the kernel has accepted.
@@ -50,10 +50,23 @@ pub struct Connection {
     body_share: OnceLock<Arc<Semaphore>>,
 }
 
+/// Why the requests of a connection are refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Surplus {
+    /// The listener is at its limit.
+    Listener,
+    /// The client address has opened too many in a short time; how long it has to wait.
+    TooFast(Duration),
+}
+
 /// The requests in progress on a connection.
 #[derive(Debug)]
 struct Usage {
     n_requests: usize,
+    /// Since when the head of a request is incomplete; from the first on, since its first byte.
+    head_since: Option<Instant>,
+    /// Whether it is HTTP/2, where bytes may arrive that are no request.
+    is_http_2: bool,
     /// When the last request ended.
     idle_since: Instant,
     /// The responses under way that are streams.
@@ -217,18 +230,15 @@ pub(super) struct StallCheck {
 }
 
 impl Connection {
-    pub(super) fn new(peer: SocketAddr, is_surplus: bool, kill: CancellationToken) -> Self {
-        let (has_request, n_taken, writer) = (
-            AtomicBool::new(false),
-            AtomicU64::new(0),
-            AtomicWaker::new(),
-        );
+    pub(super) fn new(peer: SocketAddr, surplus: Option<Surplus>, kill: CancellationToken) -> Self {
+        let (n_taken, writer) = (AtomicU64::new(0), AtomicWaker::new());
         Self {
             peer,
-            is_surplus,
-            has_request,
+            surplus,
             usage: Mutex::new(Usage {
                 n_requests: 0,
+                head_since: Some(Instant::now()),
+                is_http_2: false,
                 idle_since: Instant::now(),
                 n_streams: 0,
                 blocked_since: None,
@@ -284,21 +294,37 @@ impl Connection {
         self.peer
     }
 
-    /// Whether the connection is above the limit; its requests are then refused.
+    /// Whether the connection is above a limit; its requests are then refused.
     pub fn is_surplus(&self) -> bool {
-        self.is_surplus
+        self.surplus.is_some()
     }
 
-    pub(super) fn has_request(&self) -> bool {
-        self.has_request.load(Relaxed)
+    pub fn surplus(&self) -> Option<Surplus> {
+        self.surplus
     }
 
-    pub(super) fn begin_request(self: &Arc<Self>) -> InProgress {
-        self.has_request.store(true, Relaxed);
-        self.usage().n_requests += 1;
+    pub(super) fn begin_request(self: &Arc<Self>, version: Version) -> InProgress {
+        let mut usage = self.usage();
+        usage.n_requests += 1;
+        usage.head_since = None;
+        usage.is_http_2 |= version == Version::HTTP_2;
+        drop(usage);
         InProgress {
             connection: Arc::clone(self),
             kind: ResponseKind::Plain,
+        }
+    }
+
+    /// When the head that is incomplete must have arrived; `None` if none is.
+    pub(super) fn head_deadline(&self, header_timeout: Duration) -> Option<Instant> {
+        self.usage().head_since.map(|since| since + header_timeout)
+    }
+
+    /// In HTTP/1, the first bytes while no request is in progress begin the next head.
+    fn note_read(&self) {
+        let mut usage = self.usage();
+        if usage.n_requests == 0 && !usage.is_http_2 {
+            usage.head_since.get_or_insert_with(Instant::now);
         }
     }
 
@@ -438,7 +464,12 @@ impl AsyncRead for CountingSocket {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        let n_before = buf.filled().len();
+        let outcome = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if buf.filled().len() > n_before {
+            self.connection.note_read();
+        }
+        outcome
     }
 }
 

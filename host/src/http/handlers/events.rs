@@ -9,8 +9,8 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::body::Body;
@@ -85,6 +85,9 @@ pub(in crate::http) async fn publish(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
+    if !options.dry_run {
+        check_rate(&state)?;
+    }
     let mode = Mode::of(&headers)?;
     // Any other coding was refused before it came here.
     let coding = Coding::of(&headers).unwrap_or(Coding::Identity);
@@ -119,11 +122,35 @@ pub(in crate::http) async fn publish(
     if options.dry_run {
         return dry_run(&state, broker.as_ref(), mode, drafts, &room).await;
     }
+    if let Some(bucket) = &state.publish_rate {
+        let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+        bucket.take(drafts.len(), Instant::now());
+    }
     let appends = Appends::of(drafts, broker.partitions());
     // While a large request waits for its turns, small ones need the place.
     let _permit = (!appends.is_large()).then_some(permit);
     let receipts = store(&state, broker, appends, client).await?;
     answer(mode, prefers_minimal(&headers), receipts)
+}
+
+/// Before the body is read: a publisher that is too fast costs as little as possible.
+///
+/// # Errors
+/// 429 if earlier events have used up `limits.publish_rate`.
+fn check_rate(state: &State) -> Result<(), ApiError> {
+    let Some(bucket) = &state.publish_rate else {
+        return Ok(());
+    };
+    let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+    match bucket.wait(Instant::now()) {
+        None => Ok(()),
+        Some(wait) => {
+            let rate = state.limits.publish_rate;
+            let reason = format!("more than {rate} events per second are published to this node");
+            Err(ApiError::too_fast(reason, wait)
+                .fix("repeat the request after Retry-After, or let the operator raise limits.publish_rate"))
+        }
+    }
 }
 
 /// The handshake of a webhook (CloudEvents 1.0, "HTTP 1.1 Web Hooks for Event Delivery", section 4):
@@ -152,10 +179,15 @@ pub(in crate::http) async fn validate_webhook(
             ),
         );
     }
+    let per_minute = state.limits.publish_rate.saturating_mul(60);
+    let rate = match per_minute {
+        0 => HeaderValue::from_static("*"),
+        _ => HeaderValue::from(per_minute),
+    };
     let allowed = [
         ("allow", HeaderValue::from_static("OPTIONS,POST")),
         ("webhook-allowed-origin", origin.clone()),
-        ("webhook-allowed-rate", HeaderValue::from_static("*")),
+        ("webhook-allowed-rate", rate),
     ];
     Ok((StatusCode::OK, allowed).into_response())
 }

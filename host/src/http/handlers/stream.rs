@@ -25,7 +25,7 @@ use crate::auth;
 use crate::delivery::sse::{self, FramingChoice, StreamEnd, TooManyStreams};
 use crate::delivery::subscription::{Filter, Start};
 use crate::event::{Name, Priority};
-use crate::server::{Connection, TooManyOfAddress};
+use crate::server::{AddressRefusal, Connection};
 use crate::telemetry::metrics::ReasonLabel;
 
 use crate::http::extract::{Parameters, Query};
@@ -225,7 +225,7 @@ async fn begin(
         .extensions
         .get::<Arc<Connection>>()
         .is_some_and(|connection| connection.is_surplus())
-        || parts.extensions.get::<TooManyOfAddress>().is_some()
+        || parts.extensions.get::<AddressRefusal>().is_some()
     {
         return Ok(refuse(state, "overloaded"));
     }
