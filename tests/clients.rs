@@ -1,7 +1,8 @@
-//! Third-party clients: npm and PyPI libraries and a browser. The tests themselves are in
-//! `clients/*.test.js` and `clients/*_test.py`.
+//! Clients: the package `clients/js`, npm and PyPI libraries and two browsers. The tests themselves
+//! are in `clients/*.test.js` and `clients/*_test.py`.
 //!
-//! They need Node 20 or newer, npm, Chromium and Python 3 with venv; `make test` installs them
+//! They need Node 20 or newer, npm, Chromium, Firefox, nginx and Python 3 with venv; `make test`
+//! installs them
 //! (`scripts/need.sh`).
 
 use std::fs;
@@ -10,7 +11,12 @@ use std::process::{Command, Output};
 use std::sync::{Once, OnceLock};
 
 use crate::harness::node::Node;
-use crate::harness::{demo_plugins, node_interpreter, repository};
+use crate::harness::{
+    bundled_plugins, compiled_plugins, demo_plugins, node_interpreter, ports, repository,
+};
+
+/// The ports of the nodes and servers of one file: more than any file uses.
+const PORTS: usize = 60;
 
 /// Runs one `node:test` file against a node with the plugins of the demo.
 fn run(file: &str) {
@@ -19,6 +25,24 @@ fn run(file: &str) {
         .config(include_str!("../examples/demo/pointsman.toml"))
         .start();
     run_with(file, &[("POINTSMAN_ADDRESS", &node.addr().to_string())]);
+}
+
+/// Runs one `node:test` file that starts and kills its nodes itself, with `installation.js`.
+fn run_with_nodes(file: &str) {
+    let ports: Vec<String> = (0..PORTS)
+        .map(|_| ports::free().port().to_string())
+        .collect();
+    let (plugins, cache) = (bundled_plugins(), compiled_plugins());
+    run_with(
+        file,
+        &[
+            ("POINTSMAN_BINARY", env!("CARGO_BIN_EXE_pointsman")),
+            ("POINTSMAN_PLUGINS", &plugins.to_string_lossy()),
+            ("POINTSMAN_CACHE", &cache.to_string_lossy()),
+            ("POINTSMAN_TMP", env!("CARGO_TARGET_TMPDIR")),
+            ("POINTSMAN_PORTS", &ports.join(",")),
+        ],
+    );
 }
 
 /// Runs one `node:test` file in `clients/` with these environment variables.
@@ -160,4 +184,19 @@ fn python_clients_read_every_notification_with_the_text_that_was_published() {
         "readers_test.py",
         "[[plugins.rules.config.rules]]\nmatch.type = \"named\"\nto.user = \"named\"\nevent_name = \"first\\u2028second\\u2029third\"",
     );
+}
+
+#[test]
+fn the_package_is_small_typed_and_ready_for_npm() {
+    run_with_nodes("package.test.js");
+}
+
+#[test]
+fn the_package_shows_each_notification_once_whatever_node_and_network_do() {
+    run_with_nodes("client.test.js");
+}
+
+#[test]
+fn the_tabs_of_a_browser_share_one_connection_that_each_of_them_can_take_over() {
+    run_with_nodes("tabs.test.js");
 }

@@ -4,7 +4,7 @@
 // The page computes all counts from the notifications that arrive. The exception is `lost`, which
 // compares them with GET /v1/notifications.
 
-import { Stream } from "./stream.js";
+import { connect } from "./pointsman.js";
 import { clock, element, words } from "./words.js";
 
 const MOST_SHOWN = 250;         // entries in the list; older ones are removed
@@ -22,7 +22,8 @@ export class Device {
   #name;
   #at;     // elements by name
   #announce;
-  #stream = null;
+  #stream = null;      // the connection; null while the device is cut
+  #positions = null;   // where a cut device resumes
   #user = null;
   #seen = new Set();
   #lost = new Set();
@@ -57,7 +58,7 @@ export class Device {
       event.preventDefault();
       this.listen(new FormData(this.#at.other).get("user"));
     };
-    this.#at.cut.onclick = () => (this.#stream?.isOpen ? this.#stream.cut() : this.#stream?.resume());
+    this.#at.cut.onclick = () => (this.#stream ? this.#cut() : this.#resume());
     setInterval(() => this.#look(), LOOK_EVERY);
   }
 
@@ -68,7 +69,9 @@ export class Device {
 
   /** Opens the stream of a user. A device that has read it before continues where it stopped. */
   listen(user) {
-    this.#stream?.close();
+    const before = this.#stream;
+    this.#stream = null;
+    before?.close();
     this.#user = user;
     const { user: select, other, state, notes, empty, score } = this.#at;
     if (![...select.options].some((option) => option.value === user)) select.add(new Option(user), select.options.length - 1);
@@ -89,13 +92,37 @@ export class Device {
     this.#showTraits(user);
     this.#looked = "";
     this.#away = wentAway(-Infinity);
-    this.#stream = new Stream(user, `demo-${this.#name}`, {
-      state: (name) => this.#becomes(name),
-      notification: (note, id) => this.#take(note, id),
-      cursor: (id) => { this.#looked ||= id; },
-      gap: ({ reason }) => this.#mark(`history may be incomplete: ${reason}`, "gap"),
-      close: ({ reason }) => this.#mark(`the node closed the connection: ${reason}`),
+    // Not in `localStorage`: a page that is opened again resumes at the device cursor of the node,
+    // which a node that was started with an empty log does not have.
+    const kept = new Map();
+    this.#positions = { getItem: (name) => kept.get(name), setItem: (name, id) => kept.set(name, id) };
+    this.#resume();
+  }
+
+  #resume() {
+    const stream = connect(`/v1/stream?user=${encodeURIComponent(this.#user)}`, {
+      device: `demo-${this.#name}`,
+      storage: this.#positions,
+      onNotification: (note, { id }) => {
+        this.#looked ||= id;
+        this.#take(note, id);
+      },
+      onGap: ({ reason }) => this.#mark(`history may be incomplete: ${reason}`, "gap"),
+      onState: (state, { reason }) => {
+        this.#looked ||= stream.position;
+        if (this.#stream === stream) this.#becomes(state, reason);
+      },
     });
+    this.#stream = stream;
+    this.#becomes(stream.state);
+  }
+
+  /** Closes the connection. Notifications published in the meantime wait in the log. */
+  #cut() {
+    const stream = this.#stream;
+    this.#stream = null;
+    stream.close();
+    this.#becomes("cut");
   }
 
   #askWho() {
@@ -110,16 +137,15 @@ export class Device {
     if (this.#user === user) this.#at.traits.textContent = traits.map(([name, value]) => `${name} ${value}`).join(" · ");
   }
 
-  #becomes(state) {
+  #becomes(state, reason) {
     const { state: pill, cut } = this.#at;
     const before = pill.dataset.state;
     pill.dataset.state = state;
     pill.textContent = state;
-    const isOpen = state === "live" || state === "connecting";
-    cut.textContent = isOpen ? "Cut" : "Resume";
+    cut.textContent = this.#stream ? "Cut" : "Resume";
     cut.setAttribute("aria-label", `${cut.textContent} device ${this.#name}`);
     if (before === "live" && state !== "live") this.#away = wentAway(Date.now());
-    if (before === "live" && state === "connecting") this.#mark("connection lost");
+    if (before === "live" && this.#stream) this.#mark(reason ? `the node closed the connection: ${reason}` : "connection lost");
     if (state === "cut") this.#mark("cut; new notifications wait in the log");
     if (state === "live" && this.#away?.until === Infinity) this.#returns();
   }

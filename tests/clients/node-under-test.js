@@ -1,5 +1,7 @@
 // The node that tests/clients.rs started, and helpers to publish to it.
 
+export { eventually } from "./eventually.js";
+
 /** The address of the node, such as "127.0.0.1:8080". */
 export const address = process.env.POINTSMAN_ADDRESS;
 if (!address) throw new Error("POINTSMAN_ADDRESS is not set; run these tests with `cargo test clients`");
@@ -26,13 +28,4 @@ export async function settle(user, groups, attributes) {
   };
   for (const group of groups) await put(`groups/${group}/members/${user}`);
   await put(`users/${user}/attributes`, JSON.stringify(attributes));
-}
-
-/** Resolves when `ask()` is true, and rejects with `what` if that takes longer than `ms`. */
-export async function eventually(what, ask, ms = 60_000) {
-  const deadline = Date.now() + ms;
-  while (!(await ask())) {
-    if (Date.now() > deadline) throw new Error(`timed out after ${ms} ms: ${what}`);
-    await new Promise((resolve) => setTimeout(resolve, 20));
-  }
 }

@@ -3,7 +3,8 @@ import net from "node:net";
 
 /**
  * Forwards to `target` ("127.0.0.1:8080"). `cut()` closes and refuses connections until `mend()`;
- * `close()` stops the proxy.
+ * `hang()` forwards nothing more on the present connections and leaves them open, as a network does
+ * that forgets them while a computer sleeps; `close()` stops the proxy.
  */
 export async function proxy(target) {
   const [host, port] = target.split(":");
@@ -20,6 +21,9 @@ export async function proxy(target) {
     }
   });
   await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
+  const hang = () => {
+    for (const socket of sockets) socket.unpipe().resume();
+  };
   const cut = () => {
     isCut = true;
     for (const socket of sockets) socket.destroy();
@@ -27,6 +31,7 @@ export async function proxy(target) {
   return {
     url: `http://127.0.0.1:${server.address().port}`,
     cut,
+    hang,
     mend: () => { isCut = false; },
     close: () => { cut(); server.close(); },
   };

@@ -1,5 +1,5 @@
-//! The demo page at `/` in dev mode and its files under `/demo/`, taken from `examples/demo`. The
-//! page uses nothing but `/v1/*`.
+//! The demo page at `/` in dev mode and its files under `/demo/`, taken from `examples/demo`, with the
+//! client of `clients/js`. The page uses nothing but `/v1/*`.
 
 use std::sync::Arc;
 
@@ -36,9 +36,9 @@ const FILES: [(&str, &str, &str); 6] = [
         include_str!("../../../../examples/demo/device.js"),
     ),
     (
-        "/demo/stream.js",
+        "/demo/pointsman.js",
         SCRIPT,
-        include_str!("../../../../examples/demo/stream.js"),
+        include_str!("../../../../clients/js/index.js"),
     ),
     (
         "/demo/words.js",
