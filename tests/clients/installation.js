@@ -104,6 +104,12 @@ export async function startNode(t, { origins = [], isProduction = false, more = 
   return node;
 }
 
+const PAGE = `<!doctype html><title>a page</title><script type="importmap">${JSON.stringify({ imports: {
+  "pointsman": "/pointsman/index.js",
+  "@microsoft/fetch-event-source": "/npm/@microsoft/fetch-event-source/lib/esm/index.js",
+  "sse.js": "/npm/sse.js/lib/sse.js",
+  "reconnecting-eventsource": "/npm/reconnecting-eventsource/build/esm/reconnecting-eventsource.js",
+} })}</script>`;
 const TYPES = { ".js": "text/javascript", ".mjs": "text/javascript", ".html": "text/html" };
 
 /**
@@ -111,15 +117,21 @@ const TYPES = { ".js": "text/javascript", ".mjs": "text/javascript", ".html": "t
  * `/hang` is answered when the test calls `release()`.
  */
 export async function startSite(t, port = 0) {
-  const hanging = [];
+  const [hanging, tokens] = [[], new Map()];
   const roots = { "/pointsman/": "../../clients/js/", "/npm/": "node_modules/", "/tests/": "./" };
   const server = http.createServer(async (request, answer) => {
     const { pathname, searchParams } = new URL(request.url, "http://localhost");
-    if (pathname === "/token") return answer.end(tokenOf(searchParams.get("user"), Number(searchParams.get("life"))));
+    if (pathname === "/token") {
+      const client = searchParams.get("client");
+      tokens.set(client, (tokens.get(client) ?? 0) + 1);
+      return answer.end(tokenOf(searchParams.get("user"), Number(searchParams.get("life"))));
+    }
     if (pathname === "/hang") return hanging.push(answer);
-    if (pathname === "/") return answer.writeHead(200, { "Content-Type": "text/html" }).end("<!doctype html><title>a page</title>");
+    if (pathname === "/") return answer.writeHead(200, { "Content-Type": "text/html" }).end(PAGE);
     const root = Object.keys(roots).find((root) => pathname.startsWith(root));
-    const file = root && new URL(roots[root] + pathname.slice(root.length), import.meta.url);
+    // Bundlers add the ending, and some libraries rely on it.
+    const path = root && roots[root] + pathname.slice(root.length);
+    const file = root && new URL(extname(path) ? path : `${path}.js`, import.meta.url);
     const content = file && (await readFile(file).catch(() => null));
     if (!content) return answer.writeHead(404).end();
     answer.writeHead(200, { "Content-Type": TYPES[extname(file.pathname)] ?? "application/octet-stream" }).end(content);
@@ -129,6 +141,8 @@ export async function startSite(t, port = 0) {
   return {
     url: `http://127.0.0.1:${server.address().port}`,
     hanging,
+    /** The number of tokens by client. */
+    tokens,
     release: () => hanging.splice(0).forEach((answer) => answer.end()),
   };
 }
