@@ -134,6 +134,7 @@ fn run_python(file: &str, config: &str) {
         .args(["-B", file])
         .current_dir(repository().join("tests/clients"))
         .env("POINTSMAN_ADDRESS", node.addr().to_string())
+        .env("POINTSMAN_ADMIN", node.admin_addr().to_string())
         .output()
         .expect("run Python");
     assert_passed(file, &output);
@@ -199,4 +200,14 @@ fn the_package_shows_each_notification_once_whatever_node_and_network_do() {
 #[test]
 fn the_tabs_of_a_browser_share_one_connection_that_each_of_them_can_take_over() {
     run_with_nodes("tabs.test.js");
+}
+
+#[test]
+fn clients_generated_from_the_document_publish_and_read_and_a_linter_finds_no_fault() {
+    run("generators.test.js");
+}
+
+#[test]
+fn a_python_client_generated_from_the_document_publishes_and_reads() {
+    run_python("generated_client_test.py", "");
 }
