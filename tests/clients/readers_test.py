@@ -2,6 +2,7 @@
 published. `httpx-sse` splits lines as `str.splitlines` does. Run by tests/clients.rs."""
 
 import json
+import os
 import unittest
 
 import httpx
@@ -9,7 +10,7 @@ import httpx_sse
 import requests
 import sseclient
 
-from node_under_test import ADDRESS, publish
+from node_under_test import ADDRESS, page_of, publish
 
 # Every character at which `str.splitlines` ends a line, and `\r\n`.
 ENDS = ["\n", "\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
@@ -54,6 +55,15 @@ class Readers(unittest.TestCase):
         publish(None, "named", type="named")
         event = next(events)
         self.assertEqual((event.event, json.loads(event.data)["id"]), ("first second third", "named"))
+
+    def test_each_exported_event_is_one_line(self):
+        for n, text in enumerate(TEXTS):
+            publish("exported", f"exported-{n}", data=text)
+        self.assertGreaterEqual(len(page_of("exported")), len(TEXTS))
+        export = requests.get(f"http://{os.environ['POINTSMAN_ADMIN']}/v1/events?limit=10000", timeout=60).text
+        exported = {event["id"]: event for event in map(json.loads, export.splitlines())}
+        for n, text in enumerate(TEXTS):
+            self.assertEqual(exported[f"exported-{n}"]["data"], text)
 
 
 if __name__ == "__main__":

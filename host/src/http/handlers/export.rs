@@ -20,6 +20,7 @@ use serde::Deserialize;
 use tokio::sync::Semaphore;
 
 use crate::broker::{Broker, Partition};
+use crate::escape::printable_json;
 use crate::event::{EntryId, Event};
 use crate::http::extract::{ApiKey, Query, Reserved};
 use crate::http::{ApiError, State};
@@ -119,7 +120,8 @@ impl Held {
                 match Event::from_fields_at(entry.id, time_ms, &partition.source, &entry.fields) {
                     // The beginning of an oversized entry may look like a whole event.
                     Ok(event) if entry.oversized.is_none() => {
-                        self.add(entry.id, event.to_json());
+                        // One line for every reader, also for those that split at U+2028.
+                        self.add(entry.id, printable_json(&event.to_json()));
                     }
                     _ => self.n_unreadable += 1,
                 }
