@@ -12,7 +12,7 @@ use std::sync::{Once, OnceLock};
 
 use crate::harness::node::Node;
 use crate::harness::{
-    bundled_plugins, compiled_plugins, demo_plugins, node_interpreter, ports, repository,
+    bundled_plugins, compiled_plugins, demo_plugins, node_interpreter, ports, repository, seed,
 };
 
 /// The ports of the nodes and servers of one file: more than any file uses.
@@ -27,22 +27,26 @@ fn run(file: &str) {
     run_with(file, &[("POINTSMAN_ADDRESS", &node.addr().to_string())]);
 }
 
-/// Runs one `node:test` file that starts and kills its nodes itself, with `installation.js`.
+/// Runs one `node:test` file that starts and kills its nodes itself, by `installation.js`.
 fn run_with_nodes(file: &str) {
+    run_with_nodes_and(file, &[]);
+}
+
+/// Like [`run_with_nodes`], with further environment variables.
+fn run_with_nodes_and(file: &str, more: &[(&str, &str)]) {
     let ports: Vec<String> = (0..PORTS)
         .map(|_| ports::free().port().to_string())
         .collect();
-    let (plugins, cache) = (bundled_plugins(), compiled_plugins());
-    run_with(
-        file,
-        &[
-            ("POINTSMAN_BINARY", env!("CARGO_BIN_EXE_pointsman")),
-            ("POINTSMAN_PLUGINS", &plugins.to_string_lossy()),
-            ("POINTSMAN_CACHE", &cache.to_string_lossy()),
-            ("POINTSMAN_TMP", env!("CARGO_TARGET_TMPDIR")),
-            ("POINTSMAN_PORTS", &ports.join(",")),
-        ],
-    );
+    let (plugins, cache, ports) = (bundled_plugins(), compiled_plugins(), ports.join(","));
+    let (plugins, cache) = (plugins.to_string_lossy(), cache.to_string_lossy());
+    let variables = [
+        ("POINTSMAN_BINARY", env!("CARGO_BIN_EXE_pointsman")),
+        ("POINTSMAN_PLUGINS", plugins.as_ref()),
+        ("POINTSMAN_CACHE", cache.as_ref()),
+        ("POINTSMAN_TMP", env!("CARGO_TARGET_TMPDIR")),
+        ("POINTSMAN_PORTS", ports.as_str()),
+    ];
+    run_with(file, &[&variables, more].concat());
 }
 
 /// Runs one `node:test` file in `clients/` with these environment variables.
@@ -210,4 +214,16 @@ fn clients_generated_from_the_document_publish_and_read_and_a_linter_finds_no_fa
 #[test]
 fn a_python_client_generated_from_the_document_publishes_and_reads() {
     run_python("generated_client_test.py", "");
+}
+
+#[test]
+fn each_library_with_the_lines_of_its_document_shows_each_notification_once() {
+    run_with_nodes("matrix.test.js");
+}
+
+/// `LONG=1` makes it 200 interruptions.
+#[test]
+fn random_interruptions_of_three_tabs_lose_and_repeat_nothing() {
+    let seed = seed::seed("three tabs").to_string();
+    run_with_nodes_and("random.test.js", &[("POINTSMAN_TEST_SEED", &seed)]);
 }

@@ -85,11 +85,13 @@ async function python() {
 const PYTHON = `
 import json, sys, threading, urllib.request
 clients = json.load(open(sys.argv[1]))
+lock = threading.Lock()
 def run(client):
     def token():
         return urllib.request.urlopen(client['token']).read().decode()
     def show(notification):
-        print(json.dumps(['shown', client['name'], notification['data']['n']]), flush=True)
+        # In one piece: print() writes the end of the line by itself.
+        with lock: print(json.dumps(['shown', client['name'], notification['data']['n']]), flush=True)
     exec(compile(client['lines'], client['name'], 'exec'), {'url': client['url'], 'token': token, 'show': show})
 threads = [threading.Thread(target=run, args=(client,)) for client in clients]
 for thread in threads: thread.start()
@@ -203,7 +205,6 @@ test("with the lines of docs/clients.md, no client loses, repeats or reorders a 
   /** Opens all clients; the first notification that one shows is the first that is published. */
   const start = async (life) => {
     const run = new Run(clients(life));
-    t.after(() => run.stop());
     await run.start(t, lines, site, browsers);
     await eventually("every client has a stream", async () => (await node.openStreams()) >= run.shown.size);
     return run;
@@ -221,6 +222,7 @@ test("with the lines of docs/clients.md, no client loses, repeats or reorders a 
     },
   };
   const run = await start(3_600);
+  t.after(() => run.stop());
   for (const [name, interrupt] of Object.entries(interruptions)) {
     await t.test(name, async () => {
       await publish();
