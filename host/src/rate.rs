@@ -19,7 +19,7 @@ impl Rate {
     }
 }
 
-/// What is left of a rate.
+/// The remainder of a rate.
 #[derive(Clone, Copy, Debug)]
 pub struct Bucket {
     rate: Rate,

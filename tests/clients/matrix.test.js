@@ -81,7 +81,7 @@ async function python() {
   return program;
 }
 
-// What each client prints or reports: a line of JSON, ["shown", client, n].
+// The output of each client: a line of JSON, ["shown", client, n].
 const PYTHON = `
 import json, sys, threading, urllib.request
 clients = json.load(open(sys.argv[1]))

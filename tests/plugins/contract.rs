@@ -364,7 +364,7 @@ fn the_slots_of_all_routers_count_together_in_a_commit_a_dry_run_and_a_backtest(
     }
     let refused = "the routes of all routers have 9 slots; the limit is 8; use fewer";
 
-    // What the candidate would do to it.
+    // The effect of the candidate on it.
     let more = files.path().join("more.toml");
     fs::write(&more, with_slots("others", 4)).expect("write a configuration");
     let more = more.to_str().expect("UTF-8");

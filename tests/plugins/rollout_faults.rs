@@ -92,7 +92,7 @@ fn a_rollback_takes_effect_at_once_while_a_version_of_another_plugin_is_being_co
         assert_eq!(answer.status, 200, "{answer:?}");
         assert!(is_running(compiler), "the compilation has ended");
 
-        // What is not wanted any more is not compiled any further.
+        // A version that is no longer wanted is not compiled further.
         plugin(one, &["rollback", "slow"]);
         eventually(EVENTUALLY, "the compilation is stopped", || {
             (!is_running(compiler)).then_some(())

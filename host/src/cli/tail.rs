@@ -70,7 +70,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     print_last_id_on_interrupt(Arc::clone(&last_id));
     while left > 0 {
         let mut request = agent.get(&url).header("accept", "text/event-stream");
-        // Whatever the node or the token chooses: tail prints whole notifications.
+        // Independent of the node and the token: tail prints whole notifications.
         request = request.query("format", "notification");
         if let Some(user) = &options.user {
             request = request.query("user", user);

@@ -274,7 +274,7 @@ impl Pipeline {
     /// Whether events of this partition can be decided now.
     ///
     /// # Errors
-    /// What is missing.
+    /// The missing part.
     pub fn check(&self, partition: PartitionNumber) -> Result<(), MissingPlugins> {
         self.chain_of(partition).map(drop)
     }

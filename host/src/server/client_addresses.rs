@@ -61,7 +61,7 @@ pub enum AddressRefusal {
     TooFast(Duration),
 }
 
-/// What is left of the rates of the addresses that came recently.
+/// The remainders of the rates of recent addresses.
 #[derive(Debug, Default)]
 struct Recent {
     buckets: HashMap<IpAddr, Bucket>,

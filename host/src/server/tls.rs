@@ -219,7 +219,7 @@ impl Tls {
             return Err(io::Error::other("HTTP without TLS"));
         }
         let acceptor = TlsAcceptor::from(Arc::clone(&self.config));
-        // What is encrypted can no longer be overtaken.
+        // Encrypted bytes can no longer be overtaken.
         let accepting = acceptor.accept_with(socket, |session| {
             session.set_buffer_limit(Some(MAX_UNSENT));
         });

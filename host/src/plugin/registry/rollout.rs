@@ -590,7 +590,7 @@ impl Registry {
     }
 }
 
-/// What became of loading a version.
+/// The result of loading a version.
 enum Loaded {
     Version(Box<Plugin>, Settings),
     /// The staged files do not hold it.

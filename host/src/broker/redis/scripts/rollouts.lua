@@ -7,7 +7,7 @@ require_rights({{'HSTRLEN', KEYS[1], 'f'}, {'HGET', KEYS[1], 'f'}})
 local found = {}
 for i = 2, #ARGV do
   local n_bytes = redis.call('HSTRLEN', KEYS[1], ARGV[i])
-  -- What another client has written is not transferred, however large it is.
+  -- A value that another client has written is not transferred, however large it is.
   if n_bytes > tonumber(ARGV[1]) then found[#found + 1] = {ARGV[i], false}
   elseif n_bytes > 0 then found[#found + 1] = {ARGV[i], redis.call('HGET', KEYS[1], ARGV[i])} end
 end
