@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::http::header::{CONNECTION, HeaderName};
-use axum::http::{HeaderValue, Method, Request, Response, StatusCode, Version};
+use axum::http::{HeaderValue, Method, Request, Response, Version};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
@@ -406,7 +406,7 @@ fn requests(
                 response.headers_mut().insert(KEEP_ALIVE, keep_alive);
             }
             if let Some(access) = access {
-                access.log(response.status());
+                access.log(response.status().as_u16());
             }
             Ok::<_, Infallible>(response.map(|body| ResponseBody::new(body, in_progress)))
         }
@@ -451,7 +451,7 @@ impl Access {
     }
 
     /// Once the head of the response is known: a stream has no end yet.
-    fn log(self, status: StatusCode) {
+    fn log(self, status: u16) {
         let Self {
             method,
             path,
@@ -459,7 +459,7 @@ impl Access {
             client,
             begun,
         } = self;
-        let (status, ms) = (status.as_u16(), begun.elapsed().as_millis() as u64);
+        let ms = begun.elapsed().as_millis() as u64;
         tracing::debug!(target: ACCESS_LOG, %client, %method, path, ?version, status, ms, "request");
     }
 }
