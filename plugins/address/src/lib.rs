@@ -3,16 +3,20 @@
 //! | attribute | value | meaning |
 //! |---|---|---|
 //! | `user`, `group` | text or integer | one recipient |
-//! | `users`, `groups` | `a,b,c`, or a JSON array of strings: `["a","b"]` | several recipients |
+//! | `users`, `groups` | `a,b,c`, or a JSON array of strings and integers: `["a",42]` | several recipients |
 //! | `everyone` | `true` or `false`, as a boolean or as text | all recipients |
 //! | `priority` | `low`, `normal` or `medium`, `high`, `urgent`, in any case | the urgency; a filter may have changed it |
 //! | `ttl` | `30` (seconds, as an integer or as text), `500ms`, `30s`, `5m`, `2h` | the time to live |
 //! | `collapse` | text | a later event with the same key supersedes this one |
+//! | `event_name` | text | the SSE event name |
+//! | `when` | a JSON object of tests, or a list of alternatives: `{"plan":["pro","team"]}` | restricts the recipients by their attributes |
 //!
 //! Spaces around commas are ignored. The attributes may be combined and may name a recipient more
 //! than once: each recipient gets one notification. An event that names no recipient has no routes.
 //! Any other value is rejected, with the name of the attribute and the fix: a dead letter is better
 //! than a notification that silently reaches fewer people.
+
+mod when;
 
 use pointsman_plugin::{
     Event, Failure, Interest, Issue, NoConfig, Plugin, Priority, Route, Router, Target, Ttl, Value,
@@ -32,7 +36,16 @@ impl Plugin for Address {
 
     fn interest(&self) -> Interest {
         Interest::in_every_type().attributes([
-            "user", "users", "group", "groups", "everyone", "priority", "ttl", "collapse",
+            "user",
+            "users",
+            "group",
+            "groups",
+            "everyone",
+            "priority",
+            "ttl",
+            "collapse",
+            "event_name",
+            "when",
         ])
     }
 }
@@ -73,14 +86,20 @@ impl Router for Address {
             .attribute("collapse")
             .map(|value| name("collapse", value))
             .transpose()?;
+        let event_name = event.attribute("event_name").map(event_name).transpose()?;
+        // Before the targets are found to be empty: a wrong condition is a mistake in each event.
+        let alternatives = event.attribute("when").map(when::parse).transpose()?;
         if targets.is_empty() {
             return Ok(Vec::new());
         }
-        Ok(vec![Route {
+        let route = Route {
             ttl_ms,
             collapse_key,
+            event_name,
             ..Route::to(targets)
-        }])
+        };
+        let alternatives = alternatives.into_iter().flatten();
+        Ok(vec![alternatives.fold(route, Route::when)])
     }
 }
 
@@ -107,13 +126,19 @@ fn names(attribute: &str, value: &Value) -> Result<Vec<String>, Failure> {
         rejected(
             attribute,
             value,
-            r#"use comma-separated names (a,b) or a JSON array of strings (["a","b"])"#,
+            r#"use comma-separated names (a,b) or a JSON array of strings or integers (["a",42])"#,
         )
     };
     let list: Vec<String> = match value {
         Value::Integer(number) => vec![number.to_string()],
         Value::Text(text) if text.trim_start().starts_with('[') => {
-            serde_json::from_str(text).map_err(|_| refused())?
+            let elements: Vec<Value> = serde_json::from_str(text).map_err(|_| refused())?;
+            let names = elements.into_iter().map(|element| match element {
+                Value::Text(text) => Some(text),
+                Value::Integer(number) => Some(number.to_string()),
+                Value::Decimal(_) | Value::Flag(_) => None,
+            });
+            names.collect::<Option<Vec<_>>>().ok_or_else(refused)?
         }
         // An application that joins an empty list means no recipients.
         Value::Text(text) if text.trim().is_empty() => Vec::new(),
@@ -125,6 +150,30 @@ fn names(attribute: &str, value: &Value) -> Result<Vec<String>, Failure> {
     } else {
         Ok(list)
     }
+}
+
+/// Event names that have a meaning for the host or for `EventSource` itself; the host refuses them.
+const RESERVED_EVENT_NAMES: [&str; 8] = [
+    "cursor",
+    "gap",
+    "reauth",
+    "close",
+    "open",
+    "error",
+    "message",
+    "heartbeat",
+];
+
+fn event_name(value: &Value) -> Result<String, Failure> {
+    let name = name("event_name", value)?;
+    if RESERVED_EVENT_NAMES.contains(&name.as_str()) {
+        return Err(rejected(
+            "event_name",
+            value,
+            "the name is reserved; use another one",
+        ));
+    }
+    Ok(name)
 }
 
 fn flag(value: &Value) -> Result<bool, Failure> {
@@ -190,6 +239,7 @@ mod tests {
         assert_eq!(targets(&[("user", 42.into())]), ["42"]);
         assert_eq!(targets(&[("users", "a, b ,c".into())]), ["a", "b", "c"]);
         assert_eq!(targets(&[("users", r#"["a","b,c"]"#.into())]), ["a", "b,c"]);
+        assert_eq!(targets(&[("users", r#"[42,"a"]"#.into())]), ["42", "a"]);
         assert_eq!(
             targets(&[("group", "ops".into()), ("groups", "x,y".into())]),
             ["@ops", "@x", "@y"]
@@ -266,7 +316,9 @@ mod tests {
             ("user", "".into(), "non-empty"),
             ("user", true.into(), "non-empty"),
             ("users", "a,,b".into(), "comma-separated"),
-            ("users", r#"["a",1]"#.into(), "JSON array of strings"),
+            ("users", r#"["a",1.5]"#.into(), "JSON array of strings"),
+            ("event_name", "close".into(), "reserved"),
+            ("when", "plan".into(), "use a JSON object such as"),
             ("users", r#"["a""#.into(), "JSON array of strings"),
             ("groups", 1.5.into(), "JSON array of strings"),
             ("everyone", "yes".into(), "true or false"),
