@@ -8,6 +8,7 @@
 
 mod signature;
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fmt;
 use std::net::SocketAddr;
@@ -331,16 +332,12 @@ impl Auth {
             ));
         }
         let claim = &self.config.user_claim;
-        let user = claims
-            .claims
-            .get(claim)
-            .and_then(serde_json::Value::as_str)
-            .ok_or_else(|| {
-                Error::Invalid(format!(
-                    "the token has no string claim '{claim}', which names the user"
-                ))
-            })?;
-        let user = Name::parse(user).map_err(|e| {
+        let user = claims.claims.get(claim).and_then(as_name).ok_or_else(|| {
+            Error::Invalid(format!(
+                "the token has no string claim '{claim}', which names the user"
+            ))
+        })?;
+        let user = Name::parse(&user).map_err(|e| {
             Error::Invalid(e.of(format!("the token's claim '{claim}'")).to_string())
         })?;
         let expires_s = claims
@@ -412,11 +409,10 @@ impl Auth {
                 ));
             }
             for group in groups {
-                let group = group
-                    .as_str()
+                let group = as_name(group)
                     .ok_or_else(|| refused(claim, "has a group that is not a string".to_owned()))?;
                 read.groups.insert(
-                    Name::parse(group)
+                    Name::parse(&group)
                         .map_err(|e| refused(claim, e.of("has a group that").to_string()))?,
                 );
             }
@@ -430,6 +426,17 @@ impl Auth {
                 .map_err(|e| refused(claim, format!("cannot be read: {e}")))?;
         }
         Ok(read)
+    }
+}
+
+/// The name in a claim. Ids are often numbers, and JSON keeps them as numbers.
+fn as_name(claim: &serde_json::Value) -> Option<Cow<'_, str>> {
+    match claim {
+        serde_json::Value::String(text) => Some(Cow::Borrowed(text)),
+        serde_json::Value::Number(number) if !number.is_f64() => {
+            Some(Cow::Owned(number.to_string()))
+        }
+        _ => None,
     }
 }
 
@@ -678,7 +685,7 @@ mod tests {
                 "claim 'groups' is not a list",
             ),
             (
-                serde_json::json!({ "groups": [7] }),
+                serde_json::json!({ "groups": [true] }),
                 "a group that is not a string",
             ),
             (
@@ -742,7 +749,7 @@ mod tests {
             "another audience",
         );
         check(
-            &claims(serde_json::json!({ "sub": 42 })),
+            &claims(serde_json::json!({ "sub": 4.5 })),
             "no string claim 'sub'",
         );
         check(
