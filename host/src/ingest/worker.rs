@@ -33,6 +33,7 @@ use crate::ingest::proposal::{
     SlicedRecordDecision, commit_proposal, dead_letter, decision_about, dedupe_key, n_bytes,
     n_targets, oversized, slice_of, unevaluated,
 };
+use crate::ingest::quotes::warn_of_quotes;
 use crate::plugin::registry::generation::ChainIdentity;
 use crate::telemetry::metrics::{Metrics, OutcomeLabel, SourceLabel};
 use crate::telemetry::readiness::Readiness;
@@ -655,8 +656,10 @@ impl Ingest {
             ));
         }
         let time_ms = entry.id.time_ms(clock_ms);
-        Event::from_fields_at(entry.id, time_ms, &partition.source, &entry.fields)
-            .map_err(|e| e.to_string())
+        let event = Event::from_fields_at(entry.id, time_ms, &partition.source, &entry.fields)
+            .map_err(|e| e.to_string())?;
+        warn_of_quotes(&partition.source, &event);
+        Ok(event)
     }
 
     /// Turns an evaluation into an item to commit.
