@@ -28,8 +28,8 @@ const LEVELS: &[(&str, &[&[&str]])] = &[
                 "telemetry",
             ],
             &["broker", "plugin"],
-            // They meet only in the log, which belongs to the broker: neither imports the other.
-            &["ingest", "delivery"],
+            // They meet only in the log, which belongs to the broker: none imports another.
+            &["ingest", "delivery", "bridge"],
             &["auth", "preview", "explain", "rollout", "server"],
             &["http"],
             &["config"],
@@ -40,7 +40,20 @@ const LEVELS: &[(&str, &[&[&str]])] = &[
         "plugin",
         &[&["runtime"], &["inspect", "shadow"], &["registry"]],
     ),
-    ("ingest", &[&["pipeline", "proposal"], &["worker"]]),
+    (
+        "ingest",
+        &[&["pipeline", "proposal", "quotes"], &["worker"]],
+    ),
+    (
+        "bridge",
+        &[
+            &["message", "queue"],
+            &["template"],
+            &["settings"],
+            &["conversion"],
+            &["listener"],
+        ],
+    ),
     (
         "delivery",
         &[

@@ -2,6 +2,7 @@
 //! load.
 
 mod authorization;
+mod bridge;
 mod clocks;
 mod cloudevents;
 mod connections;

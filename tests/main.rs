@@ -16,3 +16,4 @@ mod fuzz;
 mod harness;
 mod plugins;
 mod protocol;
+mod publishers;

@@ -4,6 +4,7 @@
 //!
 //! The interface is split by caller: [`Sources`] for publishing and ingest, [`Logs`] for delivery,
 //! [`Users`] and [`Operations`]. Each includes [`Partitions`], and [`Broker`] is their sum.
+//! [`Channels`], for bridges, is separate, because only Redis has channels.
 //!
 //! For each **partition**, a broker holds its *source* (a stream of entries), its *position* (the
 //! last entry with an outcome), one *log* per [`Target`] (an index of notification ids), one
@@ -29,6 +30,7 @@ use crate::event::{
     ChainMembers, EntryId, Name, NotificationId, PartitionNumber, Recipient, Target,
 };
 
+mod channels;
 mod clock;
 mod commit;
 pub mod embedded;
@@ -43,6 +45,10 @@ mod retention;
 mod rollouts;
 mod user;
 
+pub use channels::{
+    BridgeAccess, Channel, ChannelMessage, Channels, HeardAppend, ListenerLease, ListenerSession,
+    Subscription,
+};
 pub use commit::{
     Batch, CommitResult, Item, MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES, MAX_ITEMS, NewNotification,
     Proposal, RetryPolicy, Slice,

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::auth::{self, Auth};
+use crate::bridge::{self, Bridge};
 use crate::broker::redis::Prefix;
 use crate::broker::{RecipientLimits, Retention};
 use crate::delivery::sse;
@@ -78,6 +79,11 @@ pub struct RawConfig {
     #[serde(deserialize_with = "crate::table::deserialize")]
     pub limits: http::Limits,
     #[serde(deserialize_with = "crate::table::deserialize")]
+    pub defaults: Defaults,
+    /// The `[[bridge]]` tables.
+    #[serde(deserialize_with = "crate::table::deserialize_list")]
+    pub bridge: Vec<bridge::Settings>,
+    #[serde(deserialize_with = "crate::table::deserialize")]
     pub log: Log,
 }
 
@@ -119,6 +125,14 @@ impl Default for Broker {
             sources: None,
         }
     }
+}
+
+/// The `[defaults]` section.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Defaults {
+    /// The type of events by `POST /v1/events` and by bridges that have none (none).
+    pub r#type: Option<Name>,
 }
 
 /// The `[log]` section.
@@ -163,6 +177,8 @@ pub struct Config {
     pub stream: sse::Config,
     pub ingest: ingest::Config,
     pub limits: http::Limits,
+    pub defaults: Defaults,
+    pub bridges: Vec<Bridge>,
     pub log: Log,
     /// Set by a program that can compile plugins in processes of its own.
     pub compile_in: CompileIn,
@@ -194,6 +210,8 @@ impl Config {
             stream,
             ingest,
             mut limits,
+            defaults,
+            bridge,
             log,
         } = layers.raw()?;
         // Each of these bounds has one key, in the section where an operator looks for it. An event
@@ -215,6 +233,7 @@ impl Config {
             .unwrap_or_else(|| vec![prefix.default_source()]);
         checks::sources(layers, &sources, &choice)?;
         checks::untrimmed_sources(layers, &retention.untrimmed_sources, &sources)?;
+        let bridges = checks::bridges(layers, bridge, &defaults, &sources, &choice)?;
         let origins = Origins::new(&listen.origins, auth.dev)
             .map_err(|text| layers.fault("listen.origins", text))?
             .with_admin_hosts(&listen.admin_hosts)
@@ -244,6 +263,8 @@ impl Config {
             stream,
             ingest,
             limits,
+            defaults,
+            bridges,
             log,
             compile_in: CompileIn::default(),
             origin: None,

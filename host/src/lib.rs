@@ -5,6 +5,7 @@
 //! - [`event`]: the vocabulary, parsed once and valid from then on.
 //! - [`broker`]: stores events, logs and records, and delivers notices of appends to nodes.
 //! - [`plugin`]: the Wasm runtime, the registry of plugins, and shadow candidates.
+//! - [`bridge`]: appends the messages of Redis channels to a source.
 //! - [`ingest`]: reads a source, evaluates its events and commits their outcomes.
 //! - [`delivery`]: from the logs to open SSE streams.
 //! - [`preview`]: dry runs, backtests and the plugin runner, all without effect.
@@ -21,6 +22,7 @@
 
 pub mod auth;
 pub mod backoff;
+pub mod bridge;
 pub mod broker;
 pub mod clock;
 pub mod config;

@@ -8,7 +8,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::broker::{Advertised, Broker, Retention, embedded};
+use crate::bridge::{Bridge, Listener};
+use crate::broker::{Advertised, Broker, Channels, Retention, embedded};
 use crate::config::{BrokerChoice, Config, reload};
 use crate::delivery::hub::Hub;
 use crate::delivery::sse::StreamTimer;
@@ -27,6 +28,8 @@ mod listeners;
 mod monitor;
 mod outage;
 mod start;
+
+use start::OpenBroker;
 
 pub use listeners::Listeners;
 
@@ -71,12 +74,14 @@ pub async fn run_on(
 ) -> anyhow::Result<()> {
     let node = Node::listen(listeners, &config, shutdown)?;
     let (ingest, grace) = (config.ingest.clone(), config.listen.shutdown_grace);
+    let bridges = config.bridges.clone();
     let started = tokio::select! {
         started = node.start(config) => Some(started?),
         () = node.shutdown.begun() => None,
     };
     if let Some(started) = started {
         node.ingest(&started, &ingest);
+        node.listen_to_channels(&started, bridges, &ingest);
         node.shutdown.begun().await;
         // A node that shuts down compiles nothing more.
         drop(started.watcher);
@@ -102,6 +107,7 @@ struct Node {
 /// The parts that take time to start.
 struct Started {
     broker: Arc<dyn Broker>,
+    channels: Option<Arc<dyn Channels>>,
     pipeline: Pipeline,
     /// `None` without a plugin folder. Watches until it is dropped.
     watcher: Option<Watcher>,
@@ -165,7 +171,12 @@ impl Node {
     async fn start(&self, mut config: Config) -> anyhow::Result<Started> {
         let origin = config.origin.take();
         let cache_folder = config.plugin_cache();
-        let broker = self.connect(&config.broker, &config.sources, &config.retention);
+        let broker = self.connect(
+            &config.broker,
+            &config.sources,
+            &config.bridges,
+            &config.retention,
+        );
         let plugins = async {
             let (pipeline, watcher) = start::load_plugins(
                 config.plugins,
@@ -188,7 +199,8 @@ impl Node {
             }
             anyhow::Ok((pipeline, watcher))
         };
-        let (broker, (pipeline, watcher)) = tokio::try_join!(broker, plugins)?;
+        let (OpenBroker { broker, channels }, (pipeline, watcher)) =
+            tokio::try_join!(broker, plugins)?;
         let fleet = Fleet {
             broker: Arc::clone(&broker),
             registry: Arc::clone(pipeline.registry()),
@@ -199,6 +211,7 @@ impl Node {
         fleet.start(&self.readiness, &self.shutdown);
         Ok(Started {
             broker,
+            channels,
             pipeline,
             watcher,
         })
@@ -209,10 +222,13 @@ impl Node {
         &self,
         choice: &BrokerChoice,
         sources: &[String],
+        bridges: &[Bridge],
         retention: &Retention,
-    ) -> anyhow::Result<Arc<dyn Broker>> {
-        let broker =
-            start::open_broker(choice, sources, retention, &self.readiness, &self.shutdown).await?;
+    ) -> anyhow::Result<OpenBroker> {
+        let (readiness, shutdown) = (&self.readiness, &self.shutdown);
+        let opened =
+            start::open_broker(choice, sources, bridges, retention, readiness, shutdown).await?;
+        let broker = Arc::clone(&opened.broker);
         let hub = Hub::start_within(
             BufferBudget::new(self.stream_timer.config().max_buffer_bytes),
             broker.clone(),
@@ -240,7 +256,7 @@ impl Node {
             self.shutdown.clone(),
         );
         self.shutdown.spawn("the broker monitor", watch);
-        Ok(broker)
+        Ok(opened)
     }
 
     /// Starts to work every partition of the broker.
@@ -256,6 +272,32 @@ impl Node {
             };
             let run = ingest.run(partition.clone(), self.shutdown.token());
             self.shutdown.spawn("ingest", run);
+        }
+    }
+
+    /// Starts the listeners of the bridges.
+    fn listen_to_channels(&self, started: &Started, bridges: Vec<Bridge>, config: &worker::Config) {
+        let Some(channels) = &started.channels else {
+            return;
+        };
+        for bridge in bridges {
+            let partitions = started.broker.partitions().iter();
+            let mut into = partitions.filter(|one| one.source == bridge.append_to());
+            let Some(partition) = into.next() else {
+                continue;
+            };
+            let listener = Listener {
+                bridge,
+                partition: partition.number,
+                channels: Arc::clone(channels),
+                node: self.name.clone(),
+                lease_ttl: config.lease_ttl,
+                max_event_bytes: config.max_event_bytes,
+                metrics: self.metrics.clone(),
+                readiness: self.readiness.clone(),
+                shutdown: self.shutdown.clone(),
+            };
+            self.shutdown.spawn("a bridge", listener.run());
         }
     }
 

@@ -23,6 +23,25 @@ where
     deserialize_as("a table", d)
 }
 
+/// Like [`deserialize`], for a list of tables.
+///
+/// # Errors
+/// As [`deserialize`].
+pub(crate) fn deserialize_list<'de, T, D>(d: D) -> Result<Vec<T>, D::Error>
+where
+    T: Deserialize<'de>,
+    D: Deserializer<'de>,
+{
+    struct Element<T>(T);
+    impl<'de, T: Deserialize<'de>> Deserialize<'de> for Element<T> {
+        fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+            deserialize(d).map(Self)
+        }
+    }
+    let elements = Vec::<Element<T>>::deserialize(d)?;
+    Ok(elements.into_iter().map(|Element(table)| table).collect())
+}
+
 /// Like [`deserialize`]; errors call the table `what`.
 pub(crate) fn deserialize_as<'de, T, D>(what: &'static str, d: D) -> Result<T, D::Error>
 where

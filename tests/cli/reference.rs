@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
-use pointsman::config::{Layers, OPTIONS};
+use pointsman::config::{Layers, OPTIONS, RawConfig};
 use pointsman::duration;
 use pointsman::plugin::registry::settings::Settings;
 use serde_json::json;
@@ -146,7 +146,29 @@ fn printed_keys() -> BTreeMap<(String, String), Option<Value>> {
         );
         keys.insert(("plugins.NAME".to_owned(), key), default);
     }
+    for (key, default) in bridge_keys() {
+        assert!(
+            text.contains(&format!("#     {key} = ")),
+            "config --defaults does not print bridge.{key}"
+        );
+        keys.insert(("[bridge]".to_owned(), key), default);
+    }
     keys
+}
+
+/// The keys of a `[[bridge]]` table, with their defaults.
+fn bridge_keys() -> Vec<(String, Option<Value>)> {
+    let error = toml::from_str::<RawConfig>("[[bridge]]\nno_such_key = 1").unwrap_err();
+    let keys = error.message().split('`').skip(3).step_by(2);
+    keys.map(|key| {
+        let default = match key {
+            "sharded" => Some(false.into()),
+            "attributes" => Some(Table::new().into()),
+            _ => None,
+        };
+        (key.to_owned(), default)
+    })
+    .collect()
 }
 
 #[test]
@@ -176,7 +198,7 @@ fn the_configuration_page_has_every_key_with_its_default_variable_and_option() {
             "the default of {name}"
         );
         // Tables of plugins are in the file only.
-        if section == "plugins.NAME" {
+        if ["plugins.NAME", "[bridge]"].contains(&section.as_str()) {
             assert_eq!((&documented.variable, &documented.option), (&None, &None));
             continue;
         }

@@ -8,6 +8,7 @@ use crate::harness::redis::RedisServer;
 use pointsman::broker::redis::{Prefix, Redis};
 use pointsman::broker::{Error, Severity};
 
+mod bridges;
 mod costs;
 mod epochs;
 mod external_writes;

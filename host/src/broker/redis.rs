@@ -24,6 +24,7 @@
 //! | `T` `retried` | hash | The entry of a retry -> `attempts retries first`, until it has an outcome |
 //! | `T` `decisions` | stream | Decision records: `entry`, `outcome`, `decision` ([`crate::event::Decision`] as JSON), `id` if the event was committed; `attempts` if it was retried, `due` if it will be |
 //! | `T` `owner` | string | The lease: the name of the node |
+//! | `T` `bridge:<name>` | hash | The listener of a bridge: `session` and `node`, which hold the lease until `until`, and its `ttl`; `seq`, the number of messages that the session appended; `heard`, when a listener was last subscribed. Times in ms |
 //! | `P:partitions` | hash | source -> partition number; entries are only ever added |
 //! | `P:nodes` | hash | The nodes: name -> `ms address`, the time of the last registration and the address of the public listener. An entry counts for 10 s |
 //! | `P:rollouts` | hash | The roll-outs: plugin -> [`crate::broker::Rollout`] as JSON; the empty name -> the revision, which grows with every write |
@@ -51,7 +52,8 @@
 //!
 //! One connection for commands (`redis/command_connection.rs`), up to two idle connections per
 //! partition that wait for new entries (`redis/readers.rs`; more are opened while more reads run
-//! concurrently) and one for notices (`redis/feed.rs`). A command that is not answered within 2 s
+//! concurrently), one for notices (`redis/feed.rs`) and one for each bridge to which this node listens
+//! (`redis/channels.rs`). A command that is not answered within 2 s
 //! counts as the broker being unavailable; a wait for an entry has these 2 s in addition.
 //!
 //! # Large entries
@@ -70,17 +72,18 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::{
-    Advertised, Batch, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed,
-    Finding, Head, Item, Lease, Logs, MAX_ENTRY_FIELDS, NewNotification, Operations, Page,
-    Partition, PartitionState, Partitions, Peer, Proposal, RecipientChange, Result, Retention,
-    Rollout, Rollouts, Slice, Sources, StoredCursor, StoredDecision, StoredReport, Users,
-    WantedVersions,
+    Advertised, Batch, BridgeAccess, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry,
+    Error, Feed, Finding, Head, Item, Lease, Logs, MAX_ENTRY_FIELDS, NewNotification, Operations,
+    Page, Partition, PartitionState, Partitions, Peer, Proposal, RecipientChange, Result,
+    Retention, Rollout, Rollouts, Slice, Sources, StoredCursor, StoredDecision, StoredReport,
+    Users, WantedVersions,
 };
 use crate::event::{
     ChainMembers, EntryId, Name, NotificationId, Outcome, PartitionNumber, Position, Recipient,
     Target,
 };
 
+mod channels;
 mod check;
 mod command_connection;
 mod decisions;
@@ -90,6 +93,7 @@ mod feed;
 mod partition_keys;
 mod peers;
 mod prefix;
+mod pubsub_connection;
 mod readers;
 mod recipients;
 pub mod resp;
@@ -126,6 +130,8 @@ pub struct Redis {
     keys: Vec<PartitionKeys>,
     retention: Retention,
     clock: BrokerClock,
+    /// What the bridges need, for the check of rights.
+    bridges: Vec<BridgeAccess>,
     /// The address from which this machine reaches Redis.
     local_ip: std::net::IpAddr,
 }
@@ -202,6 +208,7 @@ impl Redis {
             keys,
             retention,
             clock,
+            bridges: Vec::new(),
             local_ip,
         };
         for keys in &redis.keys {
@@ -212,6 +219,13 @@ impl Redis {
             }
         }
         Ok(redis)
+    }
+
+    /// Also checks that the user has the rights that these bridges need.
+    #[must_use]
+    pub fn with_bridges(mut self, bridges: Vec<BridgeAccess>) -> Self {
+        self.bridges = bridges;
+        self
     }
 
     fn keys(&self, partition: PartitionNumber) -> Result<&PartitionKeys> {

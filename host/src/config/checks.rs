@@ -6,7 +6,8 @@
 use std::fmt;
 use std::time::Duration;
 
-use super::{Broker, BrokerChoice, Error, Layers, Log};
+use super::{Broker, BrokerChoice, Defaults, Error, Layers, Log};
+use crate::bridge::{self, Bridge};
 use crate::broker::redis::{Prefix, check_url};
 use crate::broker::{RecipientLimits, Retention};
 use crate::delivery::sse;
@@ -313,6 +314,52 @@ pub(super) fn broker(
             "redis, data and ephemeral are mutually exclusive; keep one",
         )),
     }
+}
+
+/// Bridges of a node: each has a connection to Redis and a series in each of its metrics.
+const MAX_BRIDGES: usize = 32;
+
+pub(super) fn bridges(
+    layers: &Layers,
+    tables: Vec<bridge::Settings>,
+    defaults: &Defaults,
+    sources: &[String],
+    choice: &BrokerChoice,
+) -> Result<Vec<Bridge>, Error> {
+    if tables.is_empty() {
+        return Ok(Vec::new());
+    }
+    let fault = |text: String| Err(layers.fault("bridge", text));
+    let BrokerChoice::Redis { prefix, .. } = choice else {
+        let reason = "needs Redis, because the embedded broker has no Pub/Sub";
+        return fault(format!("{reason}; set broker.redis or remove [[bridge]]"));
+    };
+    if tables.len() > MAX_BRIDGES {
+        let reason = format!("has {} tables; give at most {MAX_BRIDGES}", tables.len());
+        return fault(format!("{reason}, with patterns such as \"user:*\""));
+    }
+    let mut bridges: Vec<Bridge> = Vec::with_capacity(tables.len());
+    for (at, table) in tables.into_iter().enumerate() {
+        let checked = table.check(defaults.r#type.as_ref(), sources);
+        let bridge =
+            checked.map_err(|(key, text)| layers.fault(&format!("bridge[{at}].{key}"), text))?;
+        if prefix.owns(bridge.channel().as_str()) {
+            let channel = bridge.channel().as_str();
+            let text = format!(
+                "'{channel}' is a channel of Pointsman itself, which begin with '{prefix}:'; use another channel, or set another broker.prefix"
+            );
+            return Err(layers.fault(&format!("bridge[{at}].channel"), text));
+        }
+        if bridges.iter().any(|other| other.name() == bridge.name()) {
+            let text = format!(
+                "'{}' is the name of another bridge, too; give one of them a name of its own (name = \"...\")",
+                bridge.name()
+            );
+            return Err(layers.fault(&format!("bridge[{at}].name"), text));
+        }
+        bridges.push(bridge);
+    }
+    Ok(bridges)
 }
 
 pub(super) fn log(layers: &Layers, log: &Log) -> Result<(), Error> {

@@ -197,9 +197,12 @@ impl Layers {
     }
 }
 
-/// The defaults as a table: its keys are the sections.
+/// The defaults as a table: its keys are the sections. The lists of tables (`[[bridge]]`) are in the
+/// file only.
 pub(super) fn sections() -> Table {
-    Table::try_from(RawConfig::default()).unwrap_or_default()
+    let mut sections = Table::try_from(RawConfig::default()).unwrap_or_default();
+    sections.retain(|_, section| section.is_table());
+    sections
 }
 
 /// The possible values of a text from the environment or the command line, most likely first; the

@@ -179,6 +179,12 @@ fn needing_restart(active: &RawConfig, raw: &RawConfig) -> Vec<String> {
     let (before, after) = (table(active), table(raw));
     let mut keys = Vec::new();
     for (section, after) in &after {
+        if !after.is_table() {
+            if before.get(section) != Some(after) {
+                keys.push(section.clone());
+            }
+            continue;
+        }
         let empty = Table::new();
         let (before, after) = (
             before

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::backoff::Backoff;
 use crate::broker::redis::DEADLINE;
-use crate::broker::{self, Broker, Finding, Operations, Partition, PartitionState, Severity};
+use crate::broker::{self, Finding, Operations, Partition, PartitionState, Severity};
 use crate::delivery::hub::{Hub, TICK};
 use crate::event::{PartitionNumber, Position};
 use crate::ingest::pipeline::Pipeline;
@@ -47,10 +47,10 @@ const UNNEEDED_WARNING: u64 = 1_000;
 const DEAD_WARNING_PERCENT: u64 = 80;
 
 /// Calls `connect` until it succeeds. Cancel-safe.
-pub(crate) async fn reach<F: Future<Output = broker::Result<Arc<dyn Broker>>>>(
+pub(crate) async fn reach<T, F: Future<Output = broker::Result<T>>>(
     mut connect: impl FnMut() -> F,
     readiness: &Readiness,
-) -> Arc<dyn Broker> {
+) -> T {
     let mut backoff = Backoff::new(
         Duration::from_millis(100),
         Duration::from_secs(1),
@@ -425,6 +425,7 @@ fn trouble(plugin: &PluginState) -> Option<(bool, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::broker::Broker;
     use crate::broker::Error;
     use crate::broker::Partitions as _;
     use crate::broker::fake::FakeBroker;

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use anyhow::Context as _;
 
 use super::monitor;
+use crate::bridge::Bridge;
 use crate::broker::embedded::Embedded;
 use crate::broker::redis::Redis;
-use crate::broker::{Broker, Retention};
+use crate::broker::{Broker, Channels, Retention};
 use crate::config::BrokerChoice;
 use crate::ingest::pipeline::Pipeline;
 use crate::plugin::registry::watcher::Watcher;
@@ -48,22 +49,44 @@ pub(super) async fn load_plugins(
     Ok((pipeline, watcher))
 }
 
+/// An open broker.
+pub(super) struct OpenBroker {
+    pub(super) broker: Arc<dyn Broker>,
+    /// `None` for an embedded broker.
+    pub(super) channels: Option<Arc<dyn Channels>>,
+}
+
+impl From<Embedded> for OpenBroker {
+    fn from(broker: Embedded) -> Self {
+        Self {
+            broker: Arc::new(broker),
+            channels: None,
+        }
+    }
+}
+
 /// Opens the broker. The connection to an unavailable Redis is retried, with a growing and jittered
 /// pause, until it succeeds.
 pub(super) async fn open_broker(
     choice: &BrokerChoice,
     sources: &[String],
+    bridges: &[Bridge],
     retention: &Retention,
     readiness: &Readiness,
     shutdown: &Shutdown,
-) -> anyhow::Result<Arc<dyn Broker>> {
+) -> anyhow::Result<OpenBroker> {
     let (own_sources, retention) = (sources.to_vec(), retention.clone());
     let alarm = shutdown.alarm("the store writer");
     match choice.clone() {
         BrokerChoice::Redis { url, prefix } => {
             let connect = || async {
                 let redis = Redis::connect(&url, &prefix, sources, retention.clone()).await?;
-                Ok(Arc::new(redis) as Arc<dyn Broker>)
+                let accesses = bridges.iter().map(Bridge::access).collect();
+                let redis = Arc::new(redis.with_bridges(accesses));
+                Ok(OpenBroker {
+                    broker: redis.clone(),
+                    channels: Some(redis),
+                })
             };
             Ok(monitor::reach(connect, readiness).await)
         }
@@ -73,12 +96,8 @@ pub(super) async fn open_broker(
                 Embedded::open(&folder, &own_sources, retention, alarm)
             })
             .await;
-            Ok(Arc::new(opened.context("panic while opening the store")??))
+            Ok(opened.context("panic while opening the store")??.into())
         }
-        BrokerChoice::Ephemeral => Ok(Arc::new(Embedded::ephemeral(
-            &own_sources,
-            retention,
-            alarm,
-        )?)),
+        BrokerChoice::Ephemeral => Ok(Embedded::ephemeral(&own_sources, retention, alarm)?.into()),
     }
 }

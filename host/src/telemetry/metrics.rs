@@ -32,6 +32,20 @@ pub struct OutcomeLabel {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct BridgeLabel {
+    pub bridge: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct BridgeMessageLabel {
+    pub bridge: String,
+    /// `appended`, `unresolved` (a template finds no value), `invalid` (the event would be),
+    /// `too_large`, `overflow` (too many were waiting) or `lost` (this node lost its lease or
+    /// stopped first).
+    pub outcome: &'static str,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PluginLabel {
     pub plugin: String,
 }
@@ -179,6 +193,16 @@ metrics! {
     dead_letters_trimmed: Family<SourceLabel, Counter> = "dead_letters_trimmed";
     /// Errors of the broker that stopped the processing of a source on this node.
     broker_errors: Counter = "broker_errors";
+    /// Messages received on the channel of a bridge, by outcome.
+    bridge_messages: Family<BridgeMessageLabel, Counter> = "bridge_messages";
+    /// 1 while this node is subscribed to the channel of a bridge.
+    bridge_listening: Family<BridgeLabel, Gauge> = "bridge_listening";
+    /// Times that this node took a bridge over from a node that did not release it.
+    bridge_takeovers: Family<BridgeLabel, Counter> = "bridge_takeovers";
+    /// Times that a connection to the channel of a bridge was lost.
+    bridge_connections_lost: Family<BridgeLabel, Counter> = "bridge_connections_lost";
+    /// Time in which no node was subscribed to the channel of a bridge, at most.
+    bridge_unheard: Family<BridgeLabel, Counter<f64, AtomicU64>> = "bridge_unheard", unit Unit::Seconds;
     /// Plugin calls, by outcome.
     plugin_calls: Family<PluginCallLabel, Counter> = "plugin_calls";
     /// Duration of plugin calls.

@@ -1,7 +1,7 @@
 //! Readiness of this node for traffic: a list of named reasons that any part may set and clear.
 //!
 //! A *reason* makes the node unready; a *warning* is only displayed. Both are one line that
-//! includes the fix. `http::health` serves them. Nothing here reacts to an unready node, and
+//! includes the fix. A *note* is the state of a part that is neither. `http::health` serves them. Nothing here reacts to an unready node, and
 //! nothing stops because of it: open streams stay open.
 
 use std::collections::BTreeMap;
@@ -18,6 +18,8 @@ pub struct Readiness {
     /// By name. A std mutex, held for a map operation and never across an `.await`: written on
     /// failures, read by probes.
     reasons: Arc<Mutex<BTreeMap<String, Reason>>>,
+    /// By name. Like `reasons`.
+    notes: Arc<Mutex<BTreeMap<String, String>>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,13 +61,14 @@ impl Reason {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
     pub is_ready: bool,
-    /// One line for each reason or warning, as `name: text`; reasons first.
+    /// One line for each reason, warning or note, as `name: text`; in this order.
     pub lines: Vec<String>,
     pub reasons: Vec<NamedText>,
     pub warnings: Vec<NamedText>,
+    pub notes: Vec<NamedText>,
 }
 
-/// A reason or warning.
+/// A reason, a warning or a note.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct NamedText {
     pub name: String,
@@ -118,6 +121,13 @@ impl Readiness {
     /// Displays a warning; the node stays ready.
     pub fn warn(&self, name: &str, text: impl Into<String>) {
         self.put(name, text.into(), true, None);
+    }
+
+    /// Displays the state of a part, which needs no attention. Not logged.
+    pub fn note(&self, name: &str, text: impl Into<String>) {
+        let text = printable(&text.into().replace(['\n', '\r'], " "));
+        let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        notes.insert(printable(name), text);
     }
 
     fn put(&self, name: &str, text: String, is_warning: bool, until: Option<Instant>) {
@@ -209,15 +219,23 @@ impl Readiness {
             texts.collect::<Vec<_>>()
         };
         let (reasons, warnings) = (of(false), of(true));
+        let notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        let notes = notes.iter().map(|(name, text)| NamedText {
+            name: name.clone(),
+            text: text.clone(),
+        });
+        let notes: Vec<_> = notes.collect();
         let line =
             |prefix: &str, NamedText { name, text }: &NamedText| format!("{prefix}{name}: {text}");
         let red = reasons.iter().map(|reason| line("", reason));
         let yellow = warnings.iter().map(|warning| line("warning: ", warning));
+        let grey = notes.iter().map(|note| line("note: ", note));
         Report {
             is_ready: reasons.is_empty(),
-            lines: red.chain(yellow).collect(),
+            lines: red.chain(yellow).chain(grey).collect(),
             reasons,
             warnings,
+            notes,
         }
     }
 

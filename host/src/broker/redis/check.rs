@@ -5,7 +5,7 @@ use super::command_connection::{CommandConnection, write_refusal};
 use super::partition_keys::PartitionKeys;
 use super::prefix::Prefix;
 use super::{Redis, scripts};
-use crate::broker::{Error, Finding, Result, Severity};
+use crate::broker::{BridgeAccess, Channel, Error, Finding, Result, Severity};
 
 /// Rejects a Redis that does not support flags in scripts.
 pub(super) async fn version(connection: &CommandConnection) -> Result<()> {
@@ -103,6 +103,7 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
         let needed = [
             partition_commands(&redis.prefix, keys),
             shared_commands(&redis.prefix),
+            bridge_commands(&redis.bridges, keys),
         ]
         .concat();
         let call = redis.connection.eval(&scripts::RIGHTS, |command| {
@@ -252,6 +253,30 @@ fn shared_commands(prefix: &Prefix) -> Vec<String> {
     .into()
 }
 
+/// The commands that the bridges into this source need, one word per line.
+fn bridge_commands(bridges: &[BridgeAccess], keys: &PartitionKeys) -> Vec<String> {
+    let own = bridges
+        .iter()
+        .filter(|access| access.source == keys.partition.source);
+    own.flat_map(|access| {
+        let key = &format!("{}bridge:{}", keys.prefix, access.bridge)[..];
+        let subscribe = match &access.channel {
+            Channel::Exact(_) => "SUBSCRIBE",
+            Channel::Pattern(_) => "PSUBSCRIBE",
+            Channel::Sharded(_) => "SSUBSCRIBE",
+        };
+        [
+            &["HGET", key, "f"][..],
+            &["HMGET", key, "f"],
+            &["HSET", key, "f", "v"],
+            &[subscribe, access.channel.as_str()],
+            &["PING"],
+        ]
+        .map(|words| words.join("\n"))
+    })
+    .collect()
+}
+
 /// Names the denied commands and the command that grants them.
 fn grant_advice(user: &str, prefix: &Prefix, keys: &PartitionKeys, denied: &[String]) -> String {
     let source = &keys.partition.source;
@@ -269,13 +294,20 @@ fn grant_advice(user: &str, prefix: &Prefix, keys: &PartitionKeys, denied: &[Str
         .filter_map(|words| words.lines().next())
         .map(|word| format!("+{}", word.to_lowercase()))
         .collect();
+    let channels: Vec<String> = denied
+        .iter()
+        .filter_map(|words| words.split_once("SUBSCRIBE\n"))
+        .filter(|(_, channel)| !prefix.owns(channel))
+        .map(|(_, channel)| format!(" &{channel}"))
+        .collect();
     // Commands on several keys.
     let mut named = std::collections::HashSet::new();
     grant.retain(|word| named.insert(word.clone()));
     format!(
-        "user '{user}' may not run {}; run ACL SETUSER {user} {}{source} ~{prefix}:* &{prefix}:*",
+        "user '{user}' may not run {}; run ACL SETUSER {user} {}{source} ~{prefix}:* &{prefix}:*{}",
         commands.join(", "),
-        grant.join(" ")
+        grant.join(" "),
+        channels.concat()
     )
 }
 

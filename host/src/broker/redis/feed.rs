@@ -9,22 +9,20 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
-use redis::{ConnectionAddr, ConnectionInfo};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpStream, UnixStream};
+use bytes::Bytes;
+use redis::ConnectionInfo;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::command_connection::{BACKOFF, DEADLINE};
+use super::pubsub_connection::{PubSubConnection, READ_BYTES};
 use super::resp::{Decoder, Element, Frame, encode};
 use crate::broker::{Error, Feed, Follow, Notice, Result};
 use crate::event::{Name, NotificationId, PartitionNumber, Target};
 
 /// Maximum number of batches waiting for the receiver.
 const BATCHES: usize = 64;
-/// Maximum number of bytes per read of the socket; each read becomes one batch.
-const READ_BYTES: usize = 64 * 1024;
 /// A connection that lasted this long was not cut because it was made.
 const SETTLED: Duration = Duration::from_secs(3);
 /// Maximum number of requests taken at once.
@@ -99,9 +97,6 @@ async fn run(
     }
 }
 
-pub(super) trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Socket for T {}
-
 /// The kind of messages on a channel.
 #[derive(Clone, Debug)]
 enum Channel {
@@ -112,10 +107,7 @@ enum Channel {
 
 /// One connection.
 struct Session {
-    socket: Box<dyn Socket>,
-    decoder: Decoder,
-    input: BytesMut,
-    output: BytesMut,
+    connection: PubSubConnection,
     channels: HashMap<Bytes, Channel>,
     /// The channel prefix of each partition.
     prefixes: HashMap<PartitionNumber, String>,
@@ -133,10 +125,7 @@ impl Session {
     ) -> Result<Self> {
         let connected = timeout(DEADLINE, async {
             let mut session = Self {
-                socket: dial(info.addr()).await?,
-                decoder: Decoder::default(),
-                input: BytesMut::with_capacity(READ_BYTES),
-                output: BytesMut::new(),
+                connection: PubSubConnection::open(info, Decoder::default()).await?,
                 channels: HashMap::new(),
                 prefixes: partitions
                     .iter()
@@ -144,7 +133,6 @@ impl Session {
                     .collect(),
                 unanswered: VecDeque::new(),
             };
-            session.authenticate(info).await?;
             for (prefix, number) in partitions {
                 session.subscribe(format!("{prefix}tick"), Channel::Tick(*number), None);
                 session.subscribe(
@@ -153,10 +141,10 @@ impl Session {
                     None,
                 );
             }
-            session.flush().await?;
+            session.connection.flush().await?;
             let mut early = Vec::new();
             while !session.unanswered.is_empty() {
-                let frame = session.frame().await?;
+                let frame = session.connection.frame().await?;
                 session.take(frame, &mut early)?;
             }
             Ok(session)
@@ -169,53 +157,6 @@ impl Session {
         })
     }
 
-    async fn authenticate(&mut self, info: &ConnectionInfo) -> Result<()> {
-        let settings = info.redis_settings();
-        let Some(password) = settings.password() else {
-            return Ok(());
-        };
-        let words = [Some("AUTH"), settings.username(), Some(password)];
-        encode(
-            &mut self.output,
-            &words
-                .into_iter()
-                .flatten()
-                .map(str::as_bytes)
-                .collect::<Vec<_>>(),
-        );
-        self.flush().await?;
-        match self.frame().await? {
-            Frame::Simple(_) => Ok(()),
-            Frame::Error(why) => Err(Error::Permanent(format!(
-                "{}; correct user and password in the URL",
-                String::from_utf8_lossy(&why)
-            ))),
-            Frame::Array(_) => Err(Error::Unavailable("unexpected answer to AUTH".into())),
-        }
-    }
-
-    async fn flush(&mut self) -> Result<()> {
-        let sent = self.socket.write_all_buf(&mut self.output).await;
-        sent.map_err(|error| Error::Unavailable(error.to_string()))
-    }
-
-    async fn frame(&mut self) -> Result<Frame> {
-        loop {
-            if let Some(frame) = self
-                .decoder
-                .next(&mut self.input)
-                .map_err(|error| Error::Unavailable(error.to_string()))?
-            {
-                return Ok(frame);
-            }
-            match self.socket.read_buf(&mut self.input).await {
-                Ok(0) => return Err(Error::Unavailable("Redis closed the connection".into())),
-                Ok(_) => {}
-                Err(error) => return Err(Error::Unavailable(error.to_string())),
-            }
-        }
-    }
-
     /// Reads, writes and delivers notices until the connection or the feed ends.
     async fn serve(
         &mut self,
@@ -225,7 +166,8 @@ impl Session {
         let mut batch = Vec::new();
         let mut requested = Vec::new();
         loop {
-            let (mut reader, mut writer) = tokio::io::split(&mut self.socket);
+            let connection = &mut self.connection;
+            let (mut reader, mut writer) = tokio::io::split(&mut connection.socket);
             // Dropping a branch loses nothing: `read_buf`, `write_buf`, `reserve` and `recv_many`
             // are cancel-safe.
             let read = tokio::select! {
@@ -234,7 +176,7 @@ impl Session {
                     permit.send(std::mem::take(&mut batch));
                     continue;
                 }
-                written = writer.write_buf(&mut self.output), if !self.output.is_empty() => {
+                written = writer.write_buf(&mut connection.output), if !connection.output.is_empty() => {
                     if let Err(error) = written {
                         return End::Lost(error.to_string());
                     }
@@ -252,7 +194,7 @@ impl Session {
                     continue;
                 }
                 // Backpressure: while a batch waits for the receiver, the socket is not read.
-                read = reader.read_buf(&mut self.input), if batch.is_empty() => read,
+                read = reader.read_buf(&mut connection.input), if batch.is_empty() => read,
                 () = notices.closed() => return End::Dropped,
             };
             match read {
@@ -261,7 +203,7 @@ impl Session {
                 Err(error) => return End::Lost(error.to_string()),
             }
             loop {
-                match self.decoder.next(&mut self.input) {
+                match self.connection.received() {
                     Ok(Some(frame)) => {
                         if let Err(error) = self.take(frame, &mut batch) {
                             return End::Lost(error.to_string());
@@ -271,7 +213,7 @@ impl Session {
                     Err(error) => return End::Lost(error.to_string()),
                 }
             }
-            self.input.reserve(READ_BYTES);
+            self.connection.input.reserve(READ_BYTES);
         }
     }
 
@@ -289,7 +231,10 @@ impl Session {
             }
             Follow::Stop { partition, target } => {
                 if let Some(name) = self.log_channel(partition, &target) {
-                    encode(&mut self.output, &[b"UNSUBSCRIBE", name.as_bytes()]);
+                    encode(
+                        &mut self.connection.output,
+                        &[b"UNSUBSCRIBE", name.as_bytes()],
+                    );
                     self.unanswered.push_back(None);
                     self.channels.remove(name.as_bytes());
                 }
@@ -306,7 +251,10 @@ impl Session {
     }
 
     fn subscribe(&mut self, name: String, channel: Channel, token: Option<u64>) {
-        encode(&mut self.output, &[b"SUBSCRIBE", name.as_bytes()]);
+        encode(
+            &mut self.connection.output,
+            &[b"SUBSCRIBE", name.as_bytes()],
+        );
         self.unanswered.push_back(token);
         self.channels.insert(name.into(), channel);
     }
@@ -395,24 +343,5 @@ fn notice(channel: &Channel, message: &Bytes) -> Option<Notice> {
                 user,
             })
         }
-    }
-}
-
-pub(super) async fn dial(address: &ConnectionAddr) -> Result<Box<dyn Socket>> {
-    let unavailable = |error: std::io::Error| Error::Unavailable(error.to_string());
-    match address {
-        ConnectionAddr::Tcp(host, port) => {
-            let socket = TcpStream::connect((host.as_str(), *port))
-                .await
-                .map_err(unavailable)?;
-            socket.set_nodelay(true).map_err(unavailable)?;
-            Ok(Box::new(socket))
-        }
-        ConnectionAddr::Unix(path) => Ok(Box::new(
-            UnixStream::connect(path).await.map_err(unavailable)?,
-        )),
-        _ => Err(Error::Permanent(
-            "TLS is not supported; write redis:// instead of rediss://".into(),
-        )),
     }
 }

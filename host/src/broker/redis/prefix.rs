@@ -116,8 +116,8 @@ impl Prefix {
         format!("{self}:{database}{rest}")
     }
 
-    /// Whether the key of a source begins with the prefix.
-    pub(super) fn owns(&self, source: &str) -> bool {
+    /// Whether the key of a source, or a channel, begins with the prefix.
+    pub fn owns(&self, source: &str) -> bool {
         source
             .strip_prefix(self.as_str())
             .is_some_and(|rest| rest.starts_with(':'))

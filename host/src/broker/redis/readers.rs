@@ -14,7 +14,7 @@ use redis::ConnectionInfo;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::command_connection::{DEADLINE, explain};
-use super::feed::{Socket, dial};
+use super::pubsub_connection::{Socket, dial};
 use super::resp::encode;
 use super::{Redis, parse_text};
 use crate::broker::partition::excerpt;

@@ -1,8 +1,8 @@
 //! The part of the Redis protocol (RESP2) that a Pub/Sub connection uses: sends commands, receives
 //! flat arrays.
 //!
-//! Input is bounded: a text longer than [`LONGEST_TEXT`], which Pointsman never publishes, is
-//! skipped as it arrives and never buffered.
+//! Input is bounded: a text longer than a limit, by default [`LONGEST_TEXT`], is skipped as it
+//! arrives and never buffered.
 
 use bytes::{Buf, Bytes, BytesMut};
 
@@ -19,7 +19,7 @@ pub enum Element {
     Text(Bytes),
     Number(i64),
     Nil,
-    /// Skipped because it was longer than [`LONGEST_TEXT`].
+    /// Skipped because it was longer than the limit of the [`Decoder`].
     TooLong,
 }
 
@@ -37,8 +37,10 @@ pub enum Frame {
 pub struct FrameError(&'static str);
 
 /// Extracts frames from the received bytes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Decoder {
+    /// The longest text that is buffered, in bytes.
+    longest_text: usize,
     /// The elements of the current array received so far.
     elements: Vec<Element>,
     /// The number of elements still missing from it; 0 between frames.
@@ -47,7 +49,23 @@ pub struct Decoder {
     skipping: usize,
 }
 
+impl Default for Decoder {
+    fn default() -> Self {
+        Self::with_limit(LONGEST_TEXT)
+    }
+}
+
 impl Decoder {
+    /// A decoder that skips texts of more than `longest_text` bytes.
+    pub fn with_limit(longest_text: usize) -> Self {
+        Self {
+            longest_text,
+            elements: Vec::new(),
+            missing: 0,
+            skipping: 0,
+        }
+    }
+
     /// Returns the next frame, or `None` if it is not complete yet. Removes consumed bytes from
     /// `input`.
     ///
@@ -107,7 +125,7 @@ impl Decoder {
                             self.elements.push(Element::Nil);
                             self.missing -= 1;
                         }
-                        Ok(length) if length > LONGEST_TEXT => {
+                        Ok(length) if length > self.longest_text => {
                             input.advance(line_end + 1);
                             self.skipping = length
                                 .checked_add(2)

@@ -53,6 +53,9 @@ scripts! {
     APPEND = of_partition "append.lua";
     ATTEMPT = of_partition "attempt.lua";
     BEGIN = of_partition "begin.lua";
+    BRIDGE_APPEND = of_partition "bridge_append.lua";
+    BRIDGE_LEASE = of_partition "bridge_lease.lua";
+    BRIDGE_RELEASE = of_partition "bridge_release.lua";
     COMMIT = of_partition "commit.lua";
     DROP = of_partition "drop.lua";
     HEAD = of_partition "head.lua";

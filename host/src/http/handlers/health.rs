@@ -21,7 +21,7 @@ pub(in crate::http) async fn is_alive() -> &'static str {
 }
 
 /// `GET /readyz`: 200, or 503 with one line per reason; with `Accept: application/json`, the same as
-/// JSON. Warnings are listed in both.
+/// JSON. Warnings and notes are listed in both.
 pub(in crate::http) async fn is_ready(
     extract::State(state): extract::State<Arc<State>>,
     headers: HeaderMap,
@@ -40,12 +40,14 @@ pub(in crate::http) async fn is_ready(
             is_ready: ready,
             reasons,
             warnings,
+            notes,
             ..
         } = report;
         let report = ReadinessReport {
             ready,
             reasons,
             warnings,
+            notes,
         };
         return (status, Json(report)).into_response();
     }
@@ -63,6 +65,8 @@ struct ReadinessReport {
     ready: bool,
     reasons: Vec<NamedText>,
     warnings: Vec<NamedText>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    notes: Vec<NamedText>,
 }
 
 /// The query of [`is_ready_for_streams`].

@@ -12,13 +12,8 @@ end
 local ids = {}
 for i = 1, tonumber(ARGV[OWN + 1]) do
   local n = tonumber(ARGV[at + 1])
-  local added = pcall('XADD', S, '*', unpack(ARGV, at + 2, at + 1 + n))
-  if type(added) == 'table' and i == 1 and string.find(added.err, 'exhausted', 1, true) then
-    call('HDEL', META, 'probe_at')
-    heal()
-    added = call('XADD', S, '*', unpack(ARGV, at + 2, at + 1 + n))
-  end
-  -- Raises any other error as it is.
+  local added = append_entry(at + 2, at + 1 + n)
+  -- Raises the error as it is.
   if type(added) == 'table' then return added end
   ids[i] = added
   at = at + 1 + n

@@ -568,3 +568,15 @@ local function trim()
   -- continues.
   else pcall('XTRIM', S, 'MINID', '~', bound, 'LIMIT', 100000) end
 end
+
+-- Appends an entry with the field names and values ARGV[from] to ARGV[to]. Returns its id or an
+-- error.
+local function append_entry(from, to)
+  local added = pcall('XADD', S, '*', unpack(ARGV, from, to))
+  if type(added) == 'table' and string.find(added.err, 'exhausted', 1, true) then
+    call('HDEL', META, 'probe_at')
+    heal()
+    added = pcall('XADD', S, '*', unpack(ARGV, from, to))
+  end
+  return added
+end
