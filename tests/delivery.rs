@@ -17,6 +17,7 @@ mod lone_outage;
 mod malformed_input;
 mod outage;
 mod payload_alone;
+mod plain_json;
 mod position;
 mod priority;
 mod resource_limits;

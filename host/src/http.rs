@@ -15,6 +15,7 @@ mod body;
 pub mod cloudevents;
 mod coding;
 mod cors;
+mod default_type;
 mod error;
 mod extract;
 mod handlers;

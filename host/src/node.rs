@@ -141,6 +141,7 @@ impl Node {
             origins: config.origins.clone(),
             addresses: config.addresses.clone(),
             limits: config.limits.clone(),
+            default_type: config.defaults.r#type.clone(),
         };
         let state = Arc::new(State::new(
             settings,

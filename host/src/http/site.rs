@@ -73,6 +73,7 @@ impl Site {
             )
             .unwrap(),
             limits: Limits::default(),
+            default_type: None,
         };
         Arc::new(State::new(
             settings,

@@ -14,6 +14,7 @@ use crate::broker::Broker;
 use crate::delivery::device_cursors::DeviceCursors;
 use crate::delivery::hub::Hub;
 use crate::delivery::sse::StreamTimer;
+use crate::event::Name;
 use crate::ingest::pipeline::Pipeline;
 use crate::rate::{Bucket, Rate};
 use crate::rollout::Fleet;
@@ -105,6 +106,7 @@ pub struct State {
     pub(super) readiness: Readiness,
     pub(super) metrics: Metrics,
     pub(super) limits: Limits,
+    pub(super) default_type: Option<Name>,
     pub(super) origins: Origins,
     pub(super) addresses: ClientAddresses,
     /// Bounds the publish requests whose events are parsed and stored.
@@ -139,6 +141,8 @@ pub struct Settings {
     pub origins: Origins,
     pub addresses: ClientAddresses,
     pub limits: Limits,
+    /// The type of published events that have none.
+    pub default_type: Option<Name>,
 }
 
 impl State {
@@ -154,6 +158,7 @@ impl State {
             origins,
             addresses,
             limits,
+            default_type,
         } = settings;
         let publishing = Semaphore::new(limits.publish_requests.clamp(1, Semaphore::MAX_PERMITS));
         let publish_rate = Rate::new(limits.publish_rate);
@@ -172,6 +177,7 @@ impl State {
             readiness,
             metrics,
             limits,
+            default_type,
             origins,
             addresses,
             publishing,

@@ -28,6 +28,7 @@ use crate::event::{EntryId, Event, LongName, Malformed, PartitionNumber, Value};
 use crate::http::body::BodyReader;
 use crate::http::cloudevents::{Draft, Mode};
 use crate::http::coding::Coding;
+use crate::http::default_type::add_type;
 use crate::http::extract::{ApiKey, ClientAddress, Query, ResponseRoom};
 use crate::http::{ApiError, State, turns};
 use crate::preview::dry_run::DryRunResult;
@@ -107,7 +108,10 @@ pub(in crate::http) async fn publish(
     let Ok(Ok(permit)) = tokio::time::timeout(wait, places.acquire()).await else {
         return Err(ApiError::overloaded(format!("too many concurrent {kind}")));
     };
-    let body = held.bytes.clone();
+    let (headers, body) = match &state.default_type {
+        Some(kind) => add_type(mode, headers, held.bytes.clone(), kind),
+        None => (headers, held.bytes.clone()),
+    };
     let broker = state.broker()?;
     let source = broker
         .partitions()
