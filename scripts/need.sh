@@ -1,6 +1,6 @@
 #!/bin/sh
 # Ensures that tools are installed: need.sh TOOL...
-# TOOL is curl, redis-server, faketime, chromium, firefox, nginx, node or python (3, with venv).
+# TOOL is curl, redis-server, faketime, chromium, firefox, nginx, openssl, node or python (3, with venv).
 #
 # Installs missing tools with apt. If Debian's node is too old for the client libraries under test
 # (they require 20), it installs a newer one with npm into build/tools, where tests/clients.rs looks
@@ -63,8 +63,9 @@ for tool in "$@"; do
     firefox) has firefox-esr || apt_install firefox-esr ;;
     # Debian installs nginx where only root has it in PATH.
     nginx) has nginx || [ -x /usr/sbin/nginx ] || apt_install nginx-light ;;
+    openssl) has openssl || apt_install openssl ;;
     node) need_node ;;
     python) need_python ;;
-    *) fail "unknown tool '$tool'; use redis-server, curl, faketime, chromium, firefox, nginx, node or python" ;;
+    *) fail "unknown tool '$tool'; use redis-server, curl, faketime, chromium, firefox, nginx, openssl, node or python" ;;
     esac
 done

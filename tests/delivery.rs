@@ -24,5 +24,6 @@ mod resource_limits;
 mod resume;
 mod stability;
 mod tls;
+mod tokens;
 mod turns;
 mod wire;

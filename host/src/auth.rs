@@ -5,31 +5,37 @@
 //! requires no token and therefore listens on loopback only. This module reads request heads and
 //! knows no status codes: `http` turns an [`Error`] into a response. `subscription` decides what a
 //! user may *see*.
+//!
+//! `keys` are those of files and of key servers (`jwks`); `token` checks a token with one of them.
 
+mod jwks;
+mod keys;
 mod signature;
+mod token;
 
-use std::borrow::Cow;
-use std::collections::HashSet;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use axum::http::header::{AUTHORIZATION, COOKIE};
 use axum::http::request::Parts;
-use jsonwebtoken::errors::ErrorKind;
-use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::delivery::recipients::{Claims, Reader};
+use crate::delivery::recipients::Reader;
 use crate::delivery::sse::{FramingChoice, TokenExpiry};
-use crate::duration::millis;
 use crate::event::Name;
-use crate::event::criteria::parse_attributes;
+use crate::shutdown::Shutdown;
+use crate::telemetry::readiness::Readiness;
 
-/// The maximum number of groups in a token: its streams follow the log of each.
-const MAX_GROUPS: usize = 256;
+use jwks::KeyServer;
+use keys::VerificationKey;
+use token::{Failure, TokenChecks};
+
+/// The maximum number of keys with which one token is checked.
+const MAX_CANDIDATES: usize = 16;
 
 /// The `[auth]` section.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,10 +43,25 @@ const MAX_GROUPS: usize = 256;
 pub struct Config {
     /// Trust `?user=` and require no key; listens on loopback only (false).
     pub dev: bool,
-    /// The secret of HS256 tokens, at least 32 bytes (none).
+    /// The secret of HS256 tokens, at least 32 bytes (none). From 48 bytes on also of HS384 tokens,
+    /// from 64 bytes on also of HS512 tokens.
     pub jwt_secret: Option<Secret>,
     /// A file that holds the token secret instead; line breaks at its end are ignored (none).
     pub jwt_secret_file: Option<PathBuf>,
+    /// Files with keys of tokens: public keys in PEM, a JWK or a JWK set (none).
+    pub jwt_key_files: Vec<PathBuf>,
+    /// URLs of JWK sets with the keys of tokens (none).
+    pub jwks_urls: Vec<String>,
+    /// A file in PEM with the certificates of the authorities that are trusted for `jwks_urls`,
+    /// instead of Mozilla's (none).
+    pub jwks_ca_file: Option<PathBuf>,
+    /// Time between two fetches of a JWK set, up to 20 % less (10m).
+    #[serde(with = "crate::duration")]
+    pub jwks_refresh_interval: Duration,
+    /// The shortest time between two fetches of a JWK set: after a failure, or for a token with an
+    /// unknown key (10s).
+    #[serde(with = "crate::duration")]
+    pub jwks_retry_interval: Duration,
     /// The claim that names the user (`sub`).
     pub user_claim: String,
     /// The claim that may list further groups of the user for requests with this token (`groups`;
@@ -77,6 +98,11 @@ impl Default for Config {
             dev: false,
             jwt_secret: None,
             jwt_secret_file: None,
+            jwt_key_files: Vec::new(),
+            jwks_urls: Vec::new(),
+            jwks_ca_file: None,
+            jwks_refresh_interval: Duration::from_secs(600),
+            jwks_retry_interval: Duration::from_secs(10),
             user_claim: "sub".to_owned(),
             groups_claim: "groups".to_owned(),
             attributes_claim: "attributes".to_owned(),
@@ -115,13 +141,16 @@ impl fmt::Debug for Secret {
 pub enum Error {
     /// A token, key or user is missing.
     #[error("{0}")]
-    Missing(&'static str),
+    Missing(String),
     /// The token is valid except that it has expired.
     #[error("the token has expired")]
     Expired,
     /// The token, key or user is invalid.
     #[error("{0}")]
     Invalid(String),
+    /// The key of the token is not known, and a key server that may know it does not answer.
+    #[error("the keys of tokens cannot be fetched right now")]
+    KeysUnavailable,
     /// This node has no secret or key configured to check the request with.
     #[error("{what}")]
     Unavailable {
@@ -140,11 +169,39 @@ pub struct StreamIdentity {
     pub framing: FramingChoice,
 }
 
-/// The checked `[auth]` section with its loaded secrets.
+/// A file with a secret or with keys, which takes effect when it changes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WatchedFile {
+    /// The configuration key that names it, such as `jwt_secret_file`.
+    pub key: &'static str,
+    pub path: PathBuf,
+    content: Content,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Content {
+    Secret,
+    Keys(usize),
+    ApiKey,
+}
+
+/// The checked `[auth]` section with its secrets and keys. A cheap handle: clones share them.
 #[derive(Clone)]
-pub struct Auth {
+pub struct Auth(Arc<AuthInner>);
+
+struct AuthInner {
     config: Config,
-    tokens: Option<(DecodingKey, Validation)>,
+    checks: TokenChecks,
+    local: RwLock<LocalKeys>,
+    servers: Vec<Arc<KeyServer>>,
+}
+
+/// The secrets and keys of the configuration and of files.
+#[derive(Default)]
+struct LocalKeys {
+    secret: Option<Arc<VerificationKey>>,
+    /// The keys of each of `jwt_key_files`.
+    files: Vec<Vec<Arc<VerificationKey>>>,
     /// The hash of the API key, so that a comparison takes the same time for every guess.
     api_key: Option<[u8; 32]>,
 }
@@ -152,7 +209,7 @@ pub struct Auth {
 impl fmt::Debug for Auth {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Auth")
-            .field("config", &self.config)
+            .field("config", &self.0.config)
             .finish_non_exhaustive()
     }
 }
@@ -163,6 +220,7 @@ impl Auth {
     ///
     /// A node that could open no stream is refused at start, instead of showing up as a 401 to the
     /// first reader. A node without an API key is valid, because events may come from Redis alone.
+    /// Key servers are not asked yet: see [`Auth::follow_key_servers`].
     ///
     /// # Errors
     /// The configuration key at fault, such as `jwt_secret`, and a message with the fix.
@@ -175,38 +233,82 @@ impl Auth {
             );
             return Err(("dev", text));
         }
-        let jwt_secret = secret(
-            "jwt_secret",
-            config.jwt_secret.as_ref(),
-            "jwt_secret_file",
-            config.jwt_secret_file.as_deref(),
-            32,
-        )?;
-        let key = secret(
-            "api_key",
-            config.api_key.as_ref(),
-            "api_key_file",
-            config.api_key_file.as_deref(),
-            16,
-        )?;
-        if jwt_secret.is_none() && !config.dev {
+        let servers: Vec<Arc<KeyServer>> = config
+            .jwks_urls
+            .iter()
+            .map(|url| KeyServer::new(url, config).map(Arc::new))
+            .collect::<Result<_, _>>()?;
+        let local = LocalKeys {
+            secret: read_secret(config)?.map(Arc::new),
+            files: config
+                .jwt_key_files
+                .iter()
+                .map(|path| read_keys(path).map_err(|text| ("jwt_key_files", text)))
+                .collect::<Result<_, _>>()?,
+            api_key: read_api_key(config)?,
+        };
+        if local.secret.is_none() && local.files.is_empty() && servers.is_empty() && !config.dev {
             return Err((
                 "jwt_secret",
-                "is missing, so no stream could be opened; set it or jwt_secret_file, or use --dev for local testing".to_owned(),
+                "is missing, so no stream could be opened; set it, jwt_secret_file, jwt_key_files or jwks_urls, or use --dev for local testing".to_owned(),
             ));
         }
         signature::install();
-        let tokens = jwt_secret.map(|secret| {
-            (
-                DecodingKey::from_secret(secret.as_bytes()),
-                validation(config),
-            )
-        });
-        Ok(Self {
+        Ok(Self(Arc::new(AuthInner {
             config: config.clone(),
-            tokens,
-            api_key: key.map(|key| Sha256::digest(key.as_bytes()).into()),
-        })
+            checks: TokenChecks::new(config),
+            local: RwLock::new(local),
+            servers,
+        })))
+    }
+
+    /// The files that [`Auth::reload`] can read again.
+    pub fn watched_files(&self) -> Vec<WatchedFile> {
+        let config = &self.0.config;
+        let of = |key, path: &Option<PathBuf>, content| {
+            path.clone().map(|path| WatchedFile { key, path, content })
+        };
+        let secret = of("jwt_secret_file", &config.jwt_secret_file, Content::Secret);
+        let api_key = of("api_key_file", &config.api_key_file, Content::ApiKey);
+        let keys = config.jwt_key_files.iter().enumerate();
+        let keys = keys.map(|(n, path)| WatchedFile {
+            key: "jwt_key_files",
+            path: path.clone(),
+            content: Content::Keys(n),
+        });
+        secret.into_iter().chain(api_key).chain(keys).collect()
+    }
+
+    /// Reads a file again. Requests from now on are checked with its content; open streams stay.
+    ///
+    /// # Errors
+    /// A message with the fix; the former content stays in effect.
+    pub fn reload(&self, file: &WatchedFile) -> Result<(), String> {
+        let AuthInner { config, local, .. } = &*self.0;
+        let write = || local.write().unwrap_or_else(PoisonError::into_inner);
+        match file.content {
+            Content::Secret => {
+                let secret = read_secret(config).map_err(|(_, text)| text)?;
+                write().secret = secret.map(Arc::new);
+            }
+            Content::ApiKey => {
+                let api_key = read_api_key(config).map_err(|(_, text)| text)?;
+                write().api_key = api_key;
+            }
+            Content::Keys(n) => {
+                let keys = read_keys(&file.path)?;
+                write().files[n] = keys;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fetches the JWK sets until the node shuts down, and reports in readiness those that cannot
+    /// be fetched. Their former keys stay in effect.
+    pub async fn follow_key_servers(self, readiness: Readiness, shutdown: Shutdown) {
+        let servers = self.0.servers.iter();
+        let follow = servers.map(|server| Arc::clone(server).follow(&readiness, &shutdown));
+        futures_util::future::join_all(follow).await;
     }
 
     /// The secrets that still have the placeholder text of the annotated configuration: the
@@ -215,8 +317,8 @@ impl Auth {
     pub fn placeholders(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
         let fix = "is still the example value, which is public; set your own, for example from: openssl rand -hex 32";
         let secrets = [
-            ("auth.jwt_secret", &self.config.jwt_secret),
-            ("auth.api_key", &self.config.api_key),
+            ("auth.jwt_secret", &self.0.config.jwt_secret),
+            ("auth.api_key", &self.0.config.api_key),
         ];
         let is_placeholder = |secret: &Option<Secret>| {
             secret
@@ -230,21 +332,37 @@ impl Auth {
     }
 
     pub fn is_dev(&self) -> bool {
-        self.config.dev
+        self.0.config.dev
     }
 
     /// The user of a stream: from the bearer token, the configured cookie, or in dev mode `?user=`.
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn stream_identity(&self, parts: &Parts) -> Result<StreamIdentity, Error> {
-        let token = bearer(parts).or_else(|| cookie(parts, self.config.cookie.as_deref()?));
-        match (&self.tokens, token) {
-            (Some(tokens), Some(token)) => self.verify(tokens, token),
-            _ if self.config.dev => {
-                let user = query(parts, "user").ok_or(Error::Missing(
-                    "the user is missing; in dev mode add ?user=NAME",
-                ))?;
+    pub async fn stream_identity(&self, parts: &Parts) -> Result<StreamIdentity, Error> {
+        let AuthInner {
+            config,
+            local,
+            servers,
+            ..
+        } = &*self.0;
+        let token = match bearer(parts)? {
+            Some(token) => Some(token),
+            None => config
+                .cookie
+                .as_deref()
+                .and_then(|name| cookie(parts, name)),
+        };
+        let accepts_tokens = {
+            let local = local.read().unwrap_or_else(PoisonError::into_inner);
+            local.secret.is_some() || !local.files.is_empty() || !servers.is_empty()
+        };
+        match token {
+            Some(token) if accepts_tokens => self.verify(token).await,
+            _ if config.dev => {
+                let user = query(parts, "user").ok_or_else(|| {
+                    Error::Missing("the user is missing; in dev mode add ?user=NAME".to_owned())
+                })?;
                 let user =
                     Name::parse(&user).map_err(|e| Error::Invalid(e.of("the user").to_string()))?;
                 Ok(StreamIdentity {
@@ -253,12 +371,19 @@ impl Auth {
                     framing: FramingChoice::default(),
                 })
             }
-            (Some(_), None) => Err(Error::Missing(
-                "a user token is required; send Authorization: Bearer <token>",
-            )),
-            (None, _) => Err(Error::Unavailable {
+            None if accepts_tokens => {
+                let or = config
+                    .cookie
+                    .as_ref()
+                    .map(|name| format!(", or it in the cookie '{name}'"));
+                Err(Error::Missing(format!(
+                    "a user token is required; send Authorization: Bearer <token>{}",
+                    or.unwrap_or_default()
+                )))
+            }
+            _ => Err(Error::Unavailable {
                 what: "this node accepts no tokens",
-                fix: "set auth.jwt_secret or auth.jwt_secret_file",
+                fix: "set auth.jwt_secret, auth.jwt_key_files or auth.jwks_urls",
             }),
         }
     }
@@ -268,19 +393,20 @@ impl Auth {
     /// # Errors
     /// See [`Error`].
     pub fn authorize_key(&self, parts: &Parts) -> Result<(), Error> {
-        if self.config.dev {
+        if self.0.config.dev {
             return Ok(());
         }
-        let Some(key) = &self.api_key else {
+        let local = self.0.local.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(key) = &local.api_key else {
             return Err(Error::Unavailable {
                 what: "this node accepts no API keys",
                 fix: "set auth.api_key or auth.api_key_file",
             });
         };
-        let shown: [u8; 32] = Sha256::digest(bearer(parts).ok_or(Error::Missing(
-            "the API key is required; send Authorization: Bearer <key>",
-        ))?)
-        .into();
+        let shown = bearer(parts)?.ok_or_else(|| {
+            Error::Missing("the API key is required; send Authorization: Bearer <key>".to_owned())
+        })?;
+        let shown: [u8; 32] = Sha256::digest(shown).into();
         // Compare all bytes, so that the time does not reveal where they differ.
         let difference = key.iter().zip(shown).fold(0, |all, (a, b)| all | (a ^ b));
         if difference == 0 {
@@ -290,182 +416,117 @@ impl Auth {
         }
     }
 
-    fn verify(
-        &self,
-        (key, validation): &(DecodingKey, Validation),
-        token: &str,
-    ) -> Result<StreamIdentity, Error> {
-        let decode = |validation| {
-            jsonwebtoken::decode::<serde_json::Map<String, serde_json::Value>>(
-                token, key, validation,
-            )
-        };
-        let mut decoded = decode(validation);
-        // Everything else is checked before the client learns that only the time is wrong.
-        let has_expired = matches!(&decoded, Err(e) if *e.kind() == ErrorKind::ExpiredSignature);
-        if has_expired {
-            let mut any_time = validation.clone();
-            any_time.validate_exp = false;
-            decoded = decode(&any_time);
+    /// Checks a token with every key that may have signed it. If none did, and the token names an
+    /// unknown one, the key servers are asked for new keys first.
+    async fn verify(&self, token: &str) -> Result<StreamIdentity, Error> {
+        let header = token::header(token)?;
+        match self.check(token, &header) {
+            Ok(identity) => return Ok(identity),
+            Err(Failure::Refused(error)) => return Err(error),
+            Err(Failure::Signature) => {}
         }
-        let claims = decoded.map_err(|e| {
-            Error::Invalid(match e.kind() {
-                ErrorKind::ImmatureSignature => "the token is not valid yet".to_owned(),
-                ErrorKind::InvalidSignature => "the token's signature is invalid".to_owned(),
-                ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => {
-                    "the token is not signed with HS256".to_owned()
-                }
-                ErrorKind::InvalidAudience => "the token is for another audience".to_owned(),
-                ErrorKind::InvalidIssuer => "the token is from another issuer".to_owned(),
-                ErrorKind::MissingRequiredClaim(claim) => {
-                    format!("the token has no readable claim '{claim}'")
-                }
-                _ => "this is not a valid token".to_owned(),
-            })
-        })?;
-        // RFC 7515 4.1.11: a token with an extension that its reader does not know is invalid.
-        // This node knows none.
-        if claims.header.crit.is_some() {
-            return Err(Error::Invalid(
-                "the token's header 'crit' names extensions that this node does not know"
-                    .to_owned(),
-            ));
+        let id = header.kid.as_deref();
+        if !self.0.servers.is_empty() && !self.0.servers.iter().any(|server| server.knows(id)) {
+            let refreshes = self.0.servers.iter().map(KeyServer::refresh);
+            futures_util::future::join_all(refreshes).await;
+            match self.check(token, &header) {
+                Ok(identity) => return Ok(identity),
+                Err(Failure::Refused(error)) => return Err(error),
+                Err(Failure::Signature) => {}
+            }
+            let is_known = self.0.servers.iter().any(|server| server.knows(id));
+            if !is_known && !self.0.servers.iter().all(|server| server.is_current()) {
+                return Err(Error::KeysUnavailable);
+            }
         }
-        let claim = &self.config.user_claim;
-        let user = claims.claims.get(claim).and_then(as_name).ok_or_else(|| {
-            Error::Invalid(format!(
-                "the token has no string claim '{claim}', which names the user"
-            ))
-        })?;
-        let user = Name::parse(&user).map_err(|e| {
-            Error::Invalid(e.of(format!("the token's claim '{claim}'")).to_string())
-        })?;
-        let expires_s = claims
-            .claims
-            .get("exp")
-            .and_then(serde_json::Value::as_f64)
-            .map(|s| s.max(0.0) as u64);
-        let expiry = expires_s.map(|expires_s| TokenExpiry {
-            expires_ms: expires_s.saturating_mul(1000),
-            // Without the leeway, a token accepted just after its `exp` would open a stream that
-            // ends at once, again and again.
-            ends_ms: expires_s
-                .saturating_add(leeway_s(&self.config))
-                .saturating_mul(1000),
+        Err(self.unknown_key(&header))
+    }
+
+    fn check(&self, token: &str, header: &jsonwebtoken::Header) -> Result<StreamIdentity, Failure> {
+        let keys = self.keys();
+        let candidates = keys.iter().filter(|key| {
+            key.algorithms.contains(&header.alg)
+                // A key without an id may have signed any token, and a token without an id may be
+                // signed by any key.
+                && (key.id.is_none() || header.kid.is_none() || key.id == header.kid)
         });
-        let framing = self.framing(&claims.claims)?;
-        let claims = self.claims(&claims.claims)?;
-        if has_expired {
-            return Err(Error::Expired);
-        }
-        Ok(StreamIdentity {
-            reader: Reader { user, claims },
-            expiry,
-            framing,
-        })
-    }
-
-    /// The form of notifications that the token chooses. Refused if it is malformed: a page that
-    /// expects the data alone could not read the notifications.
-    fn framing(
-        &self,
-        claims: &serde_json::Map<String, serde_json::Value>,
-    ) -> Result<FramingChoice, Error> {
-        let claim = &self.config.stream_claim;
-        let value = claims
-            .get(claim)
-            .filter(|value| !claim.is_empty() && !value.is_null());
-        let Some(value) = value else {
-            return Ok(FramingChoice::default());
-        };
-        let refused = |why: String| Error::Invalid(format!("the token's claim '{claim}' {why}"));
-        if !value.is_object() {
-            return Err(refused("is not an object".to_owned()));
-        }
-        FramingChoice::deserialize(value).map_err(|e| refused(format!("cannot be read: {e}")))
-    }
-
-    /// The groups and attributes in the token. A malformed claim is refused instead of ignored: a
-    /// user left out of a group because of it would never notice.
-    fn claims(&self, claims: &serde_json::Map<String, serde_json::Value>) -> Result<Claims, Error> {
-        let find = |claim: &String| {
-            claims
-                .get(claim)
-                .filter(|value| !claim.is_empty() && !value.is_null())
-        };
-        let refused = |claim: &String, why: String| {
-            Error::Invalid(format!("the token's claim '{claim}' {why}"))
-        };
-        let mut read = Claims::default();
-        let claim = &self.config.groups_claim;
-        if let Some(value) = find(claim) {
-            let groups = value
-                .as_array()
-                .ok_or_else(|| refused(claim, "is not a list of groups".to_owned()))?;
-            if groups.len() > MAX_GROUPS {
-                return Err(refused(
-                    claim,
-                    format!("has {} groups; the limit is {MAX_GROUPS}", groups.len()),
-                ));
-            }
-            for group in groups {
-                let group = as_name(group)
-                    .ok_or_else(|| refused(claim, "has a group that is not a string".to_owned()))?;
-                read.groups.insert(
-                    Name::parse(&group)
-                        .map_err(|e| refused(claim, e.of("has a group that").to_string()))?,
-                );
+        for key in candidates.take(MAX_CANDIDATES) {
+            match self.0.checks.check(token, header.alg, key) {
+                Err(Failure::Signature) => {}
+                checked => return checked,
             }
         }
-        let claim = &self.config.attributes_claim;
-        if let Some(value) = find(claim) {
-            let members = value
-                .as_object()
-                .ok_or_else(|| refused(claim, "is not an object of attributes".to_owned()))?;
-            read.attributes = parse_attributes(members.clone())
-                .map_err(|e| refused(claim, format!("cannot be read: {e}")))?;
+        Err(Failure::Signature)
+    }
+
+    fn keys(&self) -> Vec<Arc<VerificationKey>> {
+        let mut keys: Vec<Arc<VerificationKey>> = {
+            let local = self.0.local.read().unwrap_or_else(PoisonError::into_inner);
+            let files = local.files.iter().flatten();
+            local.secret.iter().chain(files).cloned().collect()
+        };
+        for server in &self.0.servers {
+            keys.extend(server.keys());
         }
-        Ok(read)
+        keys
     }
-}
 
-/// The name in a claim. Ids are often numbers, and JSON keeps them as numbers.
-fn as_name(claim: &serde_json::Value) -> Option<Cow<'_, str>> {
-    match claim {
-        serde_json::Value::String(text) => Some(Cow::Borrowed(text)),
-        serde_json::Value::Number(number) if !number.is_f64() => {
-            Some(Cow::Owned(number.to_string()))
+    /// The error for a token that no key has signed.
+    fn unknown_key(&self, header: &jsonwebtoken::Header) -> Error {
+        let keys = self.keys();
+        if keys.iter().any(|key| key.algorithms.contains(&header.alg)) {
+            return Error::Invalid("the token's signature is invalid".to_owned());
         }
-        _ => None,
+        let mut accepted: Vec<String> = keys
+            .iter()
+            .flat_map(|key| &key.algorithms)
+            .map(|algorithm| format!("{algorithm:?}"))
+            .collect();
+        accepted.sort();
+        accepted.dedup();
+        Error::Invalid(format!(
+            "the token is signed with {:?}; this node accepts {}",
+            header.alg,
+            accepted.join(", ")
+        ))
     }
 }
 
-/// The leeway in seconds, as the library counts it. Rounded up, so that "500ms" is not 0.
-fn leeway_s(config: &Config) -> u64 {
-    millis(config.leeway).div_ceil(1_000)
+fn read_secret(config: &Config) -> Result<Option<VerificationKey>, (&'static str, String)> {
+    let secret = secret(
+        "jwt_secret",
+        config.jwt_secret.as_ref(),
+        "jwt_secret_file",
+        config.jwt_secret_file.as_deref(),
+        32,
+    )?;
+    Ok(secret.and_then(|secret| VerificationKey::secret(secret.as_bytes())))
 }
 
-fn validation(config: &Config) -> Validation {
-    let mut validation = Validation::new(Algorithm::HS256);
-    validation.leeway = leeway_s(config);
-    validation.validate_nbf = true;
-    let mut required = HashSet::new();
-    if config.require_expiry {
-        required.insert("exp".to_owned());
-    }
-    // `aud` is checked only if the operator configured one; otherwise the library would refuse
-    // every token that has one.
-    validation.validate_aud = config.audience.is_some();
-    if let Some(audience) = &config.audience {
-        validation.set_audience(&[audience]);
-        required.insert("aud".to_owned());
-    }
-    if let Some(issuer) = &config.issuer {
-        validation.set_issuer(&[issuer]);
-        required.insert("iss".to_owned());
-    }
-    validation.required_spec_claims = required;
-    validation
+fn read_api_key(config: &Config) -> Result<Option<[u8; 32]>, (&'static str, String)> {
+    let key = secret(
+        "api_key",
+        config.api_key.as_ref(),
+        "api_key_file",
+        config.api_key_file.as_deref(),
+        16,
+    )?;
+    Ok(key.map(|key| Sha256::digest(key.as_bytes()).into()))
+}
+
+fn read_keys(path: &Path) -> Result<Vec<Arc<VerificationKey>>, String> {
+    let text = read_text(path)?;
+    let keys = keys::read_file(&text).map_err(|why| format!("{} {why}", path.display()))?;
+    Ok(keys.into_iter().map(Arc::new).collect())
+}
+
+fn read_text(path: &Path) -> Result<String, String> {
+    std::fs::read_to_string(path).map_err(|e| {
+        format!(
+            "{} cannot be read: {e}; use a file that this process can read",
+            path.display()
+        )
+    })
 }
 
 /// Reads a secret given in place or in a file. `name` and `file_name` are the configuration keys
@@ -487,15 +548,7 @@ fn secret(
         }
         (Some(text), None) => (name, text.0.clone()),
         (None, Some(path)) => {
-            let text = std::fs::read_to_string(path).map_err(|e| {
-                (
-                    file_name,
-                    format!(
-                        "{} cannot be read: {e}; use a file that this process can read",
-                        path.display()
-                    ),
-                )
-            })?;
+            let text = read_text(path).map_err(|text| (file_name, text))?;
             (file_name, text.trim_end_matches(['\n', '\r']).to_owned())
         }
     };
@@ -512,16 +565,23 @@ fn secret(
 }
 
 /// The credentials of `Authorization: Bearer`.
-fn bearer(parts: &Parts) -> Option<&str> {
-    let (scheme, credentials) = parts
-        .headers
-        .get(AUTHORIZATION)?
-        .to_str()
-        .ok()?
-        .split_once(' ')?;
-    scheme
-        .eq_ignore_ascii_case("bearer")
-        .then(|| credentials.trim())
+///
+/// # Errors
+/// The header appears twice: a proxy and this node could take different ones.
+fn bearer(parts: &Parts) -> Result<Option<&str>, Error> {
+    let mut headers = parts.headers.get_all(AUTHORIZATION).iter();
+    let Some(header) = headers.next() else {
+        return Ok(None);
+    };
+    if headers.next().is_some() {
+        return Err(Error::Invalid(
+            "the request has several Authorization headers; send one".to_owned(),
+        ));
+    }
+    let credentials = header.to_str().ok().and_then(|text| text.split_once(' '));
+    Ok(credentials
+        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
+        .map(|(_, credentials)| credentials.trim()))
 }
 
 fn cookie<'a>(parts: &'a Parts, name: &str) -> Option<&'a str> {
@@ -553,11 +613,22 @@ mod tests {
     use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 
     use super::*;
+    use crate::delivery::recipients::Claims;
     use crate::event::criteria::Attributes;
 
     const SECRET: &str = "0123456789abcdef0123456789abcdef";
-    /// 2100-01-01.
-    const LATER: u64 = 4_102_444_800;
+    /// In a year, in seconds since the Unix epoch.
+    static LATER: std::sync::LazyLock<u64> =
+        std::sync::LazyLock::new(|| crate::clock::now_ms() / 1_000 + 365 * 24 * 3_600);
+
+    impl Auth {
+        fn identify(&self, parts: &Parts) -> Result<StreamIdentity, Error> {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .build()
+                .unwrap();
+            runtime.block_on(self.stream_identity(parts))
+        }
+    }
 
     fn config() -> Config {
         Config {
@@ -595,10 +666,10 @@ mod tests {
         let auth = Auth::new(&config(), &[]).unwrap();
         let bearer = format!(
             "Bearer {}",
-            token(&serde_json::json!({ "sub": "ann", "exp": LATER }))
+            token(&serde_json::json!({ "sub": "ann", "exp": *LATER }))
         );
         let identity = auth
-            .stream_identity(&request(
+            .identify(&request(
                 "/v1/stream?user=bob",
                 &[("authorization", &bearer)],
             ))
@@ -608,22 +679,22 @@ mod tests {
             (
                 "ann",
                 Some(TokenExpiry {
-                    expires_ms: LATER * 1000,
-                    ends_ms: (LATER + 30) * 1000,
+                    expires_ms: *LATER * 1000,
+                    ends_ms: (*LATER + 30) * 1000,
                 })
             )
         );
         assert!(matches!(
-            auth.stream_identity(&request("/v1/stream?user=bob", &[])),
+            auth.identify(&request("/v1/stream?user=bob", &[])),
             Err(Error::Missing(_))
         ));
 
         let cookie = format!(
             "a=b; pointsman={}; c=d",
-            token(&serde_json::json!({ "sub": "ann", "exp": LATER }))
+            token(&serde_json::json!({ "sub": "ann", "exp": *LATER }))
         );
         assert_eq!(
-            auth.stream_identity(&request("/v1/stream", &[("cookie", &cookie)]))
+            auth.identify(&request("/v1/stream", &[("cookie", &cookie)]))
                 .unwrap()
                 .reader
                 .user
@@ -635,14 +706,14 @@ mod tests {
     #[test]
     fn groups_and_attributes_come_from_the_token() {
         let read = |config: &Config, claims: serde_json::Value| {
-            let mut all = serde_json::json!({ "sub": "ann", "exp": LATER });
+            let mut all = serde_json::json!({ "sub": "ann", "exp": *LATER });
             all.as_object_mut()
                 .unwrap()
                 .extend(claims.as_object().unwrap().clone());
             let bearer = format!("Bearer {}", token(&all));
             let identity = Auth::new(config, &[])
                 .unwrap()
-                .stream_identity(&request("/", &[("authorization", &bearer)]));
+                .identify(&request("/", &[("authorization", &bearer)]));
             identity
                 .map(|identity| identity.reader.claims)
                 .map_err(|error| error.to_string())
@@ -723,7 +794,7 @@ mod tests {
         .unwrap();
         let check = |token: &str, expect: &str| {
             let error = auth
-                .stream_identity(&request(
+                .identify(&request(
                     "/",
                     &[("authorization", &format!("Bearer {token}"))],
                 ))
@@ -732,7 +803,7 @@ mod tests {
             assert!(error.contains(expect), "{token} gave: {error}");
         };
         let claims = |changed: serde_json::Value| {
-            let mut all = serde_json::json!({ "sub": "ann", "exp": LATER, "aud": "shop" });
+            let mut all = serde_json::json!({ "sub": "ann", "exp": *LATER, "aud": "shop" });
             all.as_object_mut()
                 .unwrap()
                 .extend(changed.as_object().unwrap().clone());
@@ -741,7 +812,7 @@ mod tests {
         check("x.y.z", "not a valid token");
         check(&claims(serde_json::json!({ "exp": 1000 })), "expired");
         check(
-            &claims(serde_json::json!({ "nbf": LATER })),
+            &claims(serde_json::json!({ "nbf": *LATER })),
             "not valid yet",
         );
         check(
@@ -750,7 +821,7 @@ mod tests {
         );
         check(
             &claims(serde_json::json!({ "sub": 4.5 })),
-            "no string claim 'sub'",
+            "no claim 'sub' with a string or a whole number",
         );
         check(
             &claims(serde_json::json!({ "sub": "a\nb" })),
@@ -783,9 +854,64 @@ mod tests {
         let hs512 = signed(
             "HS512",
             ring::hmac::HMAC_SHA512,
-            &serde_json::json!({ "sub": "ann", "exp": LATER, "aud": "shop" }),
+            &serde_json::json!({ "sub": "ann", "exp": *LATER, "aud": "shop" }),
         );
-        check(&hs512, "HS256");
+        check(&hs512, "signed with HS512; this node accepts HS256");
+        let distant = *LATER + 10 * 365 * 24 * 3_600;
+        check(
+            &claims(serde_json::json!({ "exp": distant })),
+            "more than ten years",
+        );
+        check(&"a".repeat(70_000), "has 70000 bytes");
+    }
+
+    #[test]
+    fn a_whole_number_names_a_user() {
+        let auth = Auth::new(&config(), &[]).unwrap();
+        for (sub, user) in [
+            (serde_json::json!(42), "42"),
+            (serde_json::json!(-1), "-1"),
+            (serde_json::json!(u64::MAX), "18446744073709551615"),
+            (serde_json::json!("42"), "42"),
+        ] {
+            let bearer = format!(
+                "Bearer {}",
+                token(&serde_json::json!({ "sub": sub, "exp": *LATER }))
+            );
+            let identity = auth.identify(&request("/", &[("authorization", &bearer)]));
+            assert_eq!(identity.unwrap().reader.user.as_str(), user);
+        }
+        for sub in [
+            serde_json::json!(42.0),
+            serde_json::json!(1e30),
+            serde_json::json!(true),
+            serde_json::json!(["42"]),
+        ] {
+            let bearer = format!(
+                "Bearer {}",
+                token(&serde_json::json!({ "sub": sub, "exp": *LATER }))
+            );
+            let identity = auth.identify(&request("/", &[("authorization", &bearer)]));
+            assert!(identity.is_err(), "{sub}");
+        }
+    }
+
+    #[test]
+    fn two_authorization_headers_are_refused_and_the_error_names_the_cookie() {
+        let auth = Auth::new(&config(), &[]).unwrap();
+        let bearer = format!(
+            "Bearer {}",
+            token(&serde_json::json!({ "sub": "ann", "exp": *LATER }))
+        );
+        let twice = [
+            ("authorization", bearer.as_str()),
+            ("authorization", "Bearer x"),
+        ];
+        let error = auth.identify(&request("/", &twice)).unwrap_err();
+        assert!(error.to_string().contains("several Authorization"));
+        assert!(auth.authorize_key(&request("/", &twice)).is_err());
+        let error = auth.identify(&request("/", &[])).unwrap_err();
+        assert!(error.to_string().contains("cookie 'pointsman'"), "{error}");
     }
 
     #[test]
@@ -838,7 +964,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(
-            auth.stream_identity(&request("/v1/stream?user=%C3%9Clrike", &[]))
+            auth.identify(&request("/v1/stream?user=%C3%9Clrike", &[]))
                 .unwrap()
                 .reader
                 .user
@@ -846,10 +972,10 @@ mod tests {
             "Ülrike"
         );
         assert!(
-            auth.stream_identity(&request("/v1/stream?user=a%0Ab", &[]))
+            auth.identify(&request("/v1/stream?user=a%0Ab", &[]))
                 .is_err()
         );
-        assert!(auth.stream_identity(&request("/v1/stream", &[])).is_err());
+        assert!(auth.identify(&request("/v1/stream", &[])).is_err());
         assert_eq!(auth.authorize_key(&request("/", &[])), Ok(()));
         let (key, text) = Auth::new(&dev, &["0.0.0.0:8080".parse().unwrap()]).unwrap_err();
         assert!(

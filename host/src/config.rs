@@ -27,6 +27,7 @@ use crate::server::{self, AddressLimits, ClientAddresses};
 mod checks;
 mod layers;
 pub(crate) mod reload;
+pub(crate) mod secrets;
 
 pub use layers::Layers;
 pub use reload::{ConfigOrigin, ConfigSource};
@@ -234,6 +235,7 @@ impl Config {
         checks::sources(layers, &sources, &choice)?;
         checks::untrimmed_sources(layers, &retention.untrimmed_sources, &sources)?;
         let bridges = checks::bridges(layers, bridge, &defaults, &sources, &choice)?;
+        checks::auth(layers, &auth)?;
         let origins = Origins::new(&listen.origins, auth.dev)
             .map_err(|text| layers.fault("listen.origins", text))?
             .with_admin_hosts(&listen.admin_hosts)

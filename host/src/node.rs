@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::bridge::{Bridge, Listener};
 use crate::broker::{Advertised, Broker, Channels, Retention, embedded};
-use crate::config::{BrokerChoice, Config, reload};
+use crate::config::{BrokerChoice, Config, reload, secrets};
 use crate::delivery::hub::Hub;
 use crate::delivery::sse::StreamTimer;
 use crate::delivery::subscription::BufferBudget;
@@ -153,6 +153,11 @@ impl Node {
         // receives 503 instead of a refused connection.
         let stall_timeout = config.stream.stall_timeout;
         listeners.serve(&config.listen, stall_timeout, &state, &shutdown)?;
+        let follow = secrets::follow(config.auth.clone(), readiness.clone(), shutdown.clone());
+        shutdown.spawn("the monitor of secrets", follow);
+        let auth = config.auth.clone();
+        let follow = auth.follow_key_servers(readiness.clone(), shutdown.clone());
+        shutdown.spawn("the monitor of key servers", follow);
         let is_tls = config.listen.tls_certificate.is_some();
         tracing::info!(node.name = name, %address, %admin, tls = is_tls, "listening");
         Ok(Self {

@@ -53,7 +53,12 @@ pub(super) fn signed(
     )
 }
 
-fn signed_with(header: &Value, algorithm: hmac::Algorithm, secret: &str, claims: &Value) -> String {
+pub(super) fn signed_with(
+    header: &Value,
+    algorithm: hmac::Algorithm,
+    secret: &str,
+    claims: &Value,
+) -> String {
     let [header, claims] =
         [header, claims].map(|part| BASE64_URL_SAFE_NO_PAD.encode(part.to_string()));
     let message = format!("{header}.{claims}");
@@ -163,7 +168,7 @@ fn reading_and_publishing_require_a_valid_token_or_key() {
             signed("HS256", hmac::HMAC_SHA256, SECRET, &json!({ "sub": "ann" })),
         ),
         (
-            "no string claim 'sub'",
+            "no claim 'sub'",
             signed("HS256", hmac::HMAC_SHA256, SECRET, &json!({ "exp": later })),
         ),
         ("control character", token("ann\nbob", later)),

@@ -12,7 +12,7 @@ use crate::broker::redis::{Prefix, check_url};
 use crate::broker::{RecipientLimits, Retention};
 use crate::delivery::sse;
 use crate::event::Name;
-use crate::{duration, http, ingest, server};
+use crate::{auth, duration, http, ingest, server};
 
 /// The largest event. Together with its plan it must fit into one commit.
 const MAX_EVENT_BYTES: usize = 512 * 1024;
@@ -215,6 +215,20 @@ pub(super) fn retention(layers: &Layers, retention: &Retention) -> Result<(), Er
                 retention.device_cursor_ttl,
                 minute,
             ),
+        ],
+    )
+}
+
+pub(super) fn auth(layers: &Layers, auth: &auth::Config) -> Result<(), Error> {
+    durations(
+        layers,
+        [
+            AtLeast(
+                "auth.jwks_refresh_interval",
+                auth.jwks_refresh_interval,
+                SECOND,
+            ),
+            AtLeast("auth.jwks_retry_interval", auth.jwks_retry_interval, SECOND),
         ],
     )
 }

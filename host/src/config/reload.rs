@@ -21,7 +21,7 @@ use crate::telemetry::readiness::Readiness;
 
 /// The interval between two looks. A changed file is read once two looks saw it unchanged, because
 /// an editor may still be writing.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
+pub(super) const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// The sources of a configuration, from which it can be loaded again.
 #[derive(Clone, Debug, Default)]
@@ -72,9 +72,9 @@ pub struct ConfigOrigin {
 }
 
 /// The metadata that changes when a file is written or replaced. `None`: it does not exist.
-type FileStamp = Option<(u64, u64, i64, i64, i64, i64)>;
+pub(super) type FileStamp = Option<(u64, u64, i64, i64, i64, i64)>;
 
-fn stamp(path: &Path) -> FileStamp {
+pub(super) fn stamp(path: &Path) -> FileStamp {
     let file = fs::metadata(path).ok()?;
     Some((
         file.ino(),

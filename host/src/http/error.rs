@@ -189,6 +189,7 @@ impl From<auth::Error> for ApiError {
                 www_authenticate: Some("Bearer error=\"invalid_token\""),
                 ..Self::new(StatusCode::UNAUTHORIZED, "unauthorized", text)
             },
+            auth::Error::KeysUnavailable => Self::unavailable(text),
             auth::Error::Unavailable { fix, .. } => {
                 tracing::warn!("request refused: {text}; to accept such requests, {fix}");
                 Self::forbidden(text)

@@ -144,7 +144,10 @@ impl FromRequestParts<Arc<State>> for ApiKey {
     async fn from_request_parts(parts: &mut Parts, state: &Arc<State>) -> Result<Self, ApiError> {
         let checked = state.auth.authorize_key(parts);
         checked.map(|()| Self).map_err(|error| {
-            let is_unauthorized = !matches!(error, auth::Error::Unavailable { .. });
+            let is_unauthorized = !matches!(
+                error,
+                auth::Error::Unavailable { .. } | auth::Error::KeysUnavailable
+            );
             let refused = ApiError::from(error);
             // So that a client knows which of its credentials to send.
             if is_unauthorized {

@@ -43,7 +43,7 @@ pub(in crate::http) async fn acknowledge(
     request: Request,
 ) -> Result<StatusCode, ApiError> {
     let (parts, body) = request.into_parts();
-    let user = state.auth().stream_identity(&parts)?.reader.user;
+    let user = state.auth().stream_identity(&parts).await?.reader.user;
     // Requires `application/json`: a page of another origin can send any simple content type with
     // the user's cookie and without a preflight.
     let kind = parts

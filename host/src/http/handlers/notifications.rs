@@ -103,7 +103,7 @@ pub(in crate::http) async fn page(
     request: Request,
 ) -> Result<Response, ApiError> {
     let (parts, _) = request.into_parts();
-    let reader = state.auth().stream_identity(&parts)?.reader;
+    let reader = state.auth().stream_identity(&parts).await?.reader;
     parameters.are_all(&["user", "after", "limit", "types", "min_priority"], |_| {
         false
     })?;

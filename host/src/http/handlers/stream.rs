@@ -206,9 +206,10 @@ async fn begin(
         device,
         framing,
     } = wanted;
-    let identity = match state.auth().stream_identity(parts) {
+    let identity = match state.auth().stream_identity(parts).await {
         Ok(identity) => identity,
         Err(auth::Error::Expired) => return Ok(refuse(state, TOKEN_EXPIRED)),
+        Err(auth::Error::KeysUnavailable) => return Ok(refuse(state, "unavailable")),
         Err(error) => return Err(error.into()),
     };
     parameters.are_all(&KNOWN, |name| {
