@@ -199,6 +199,21 @@ function onlyInChromium() {
     await hasOneStream(node);
   });
 
+  test("a tab without storage takes over where the last one was", { timeout: 400_000 }, async (t) => {
+    const { site, node, line, url, browser } = await setUp(t, "chromium");
+    const tabs = [];
+    for (const tab of ["one", "two"]) tabs.push(await openTab(browser, site.url, tab, { url: `${url}?user=ada`, user: "ada", storage: null }));
+    await Promise.all(tabs.map((tab) => tab.state("live")));
+    await node.publish("ada", 1);
+    await Promise.all(tabs.map((tab) => tab.shows(1)));
+    line.cut();
+    await tabs[0].close();
+    await node.publish("ada", 2);
+    line.mend();
+    await tabs[1].shows(2);
+    assert.deepEqual(await tabs[1].shown(), [1, 2]);
+  });
+
   test("a page without Web Locks has its own connection", { timeout: 400_000 }, async (t) => {
     const { site, node, url, browser } = await setUp(t, "chromium");
     const prepare = (page) => page.evaluateOnNewDocument(() => Object.defineProperty(Navigator.prototype, "locks", { value: undefined }));
