@@ -256,6 +256,7 @@ pub(crate) struct Notification {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Body {
     Chunked,
+    Length(usize),
     UntilClosed,
 }
 
@@ -431,6 +432,9 @@ impl Stream {
         );
         self.body = if fields.contains("\r\ntransfer-encoding: chunked\r\n") {
             Body::Chunked
+        } else if let Some((_, length)) = fields.split_once("\r\ncontent-length: ") {
+            let length = length.split("\r\n").next().unwrap_or_default();
+            Body::Length(length.parse().expect("a length is a number"))
         } else {
             Body::UntilClosed
         };
@@ -461,6 +465,13 @@ impl Stream {
         if self.body == Body::UntilClosed {
             self.text.extend_from_slice(&self.wire[self.decoded..]);
             self.decoded = self.wire.len();
+            return;
+        }
+        if let Body::Length(length) = self.body {
+            // A stream whose only frame is its end.
+            self.text.extend_from_slice(&self.wire[self.decoded..]);
+            self.decoded = self.wire.len();
+            self.is_over = self.decoded >= length;
             return;
         }
         while !self.is_over {
