@@ -399,20 +399,25 @@ fn a_slow_plugin_and_a_pattern_that_matches_only_itself_are_warned_of() {
     let plugins = Plugins::new(&[
         ("odd.wasm", core_module("unruly")),
         ("unruly.wasm", core_module("unruly")),
+        ("discard.wasm", core_module("discard")),
     ]);
     let node = Node::builder()
         .config(
-            "[plugins.unruly]\ndeadline = '10s'\n[plugins.odd]\nconfig.types = ['order.{a,b}']\n",
+            "[plugins.unruly]\ndeadline = '10s'\n[plugins.odd]\nconfig.types = ['order.{a,b}']\nconfig.fields = ['/lines/*/id']\n
+[[plugins.discard.config.rules]]\nmatch = { type = '^order' }\n[[plugins.discard.config.rules]]\nmatch.attributes = { site = 'eu-*' }\n",
         )
         .plugins(plugins.dir())
         .start();
-    assert!(
-        node.log().contains(
-            "the type pattern 'order.{a,b}' of the plugin contains '{', which matches only itself"
-        ),
-        "{}",
-        node.log()
-    );
+    for warning in [
+        "the type pattern 'order.{a,b}' of the plugin contains '{', which matches only itself",
+        "the field '/lines/*/id' that the plugin reads contains '*', which is the name of one field",
+        // One rule without a type makes the plugin ask for all, so the host cannot see this one.
+        "the type pattern '^order' contains '^', which matches only itself",
+        "the text 'eu-*' for site contains '*', which matches only itself",
+    ] {
+        let log = node.log();
+        assert_eq!(log.matches(warning).count(), 1, "{warning} in {log}");
+    }
     node.publisher().publish(&[event("e", "slow", json!({}))]);
     node.await_outcomes(1, SOON);
     let log = node.log();

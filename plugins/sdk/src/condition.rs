@@ -12,15 +12,15 @@
 //! another type pass no comparison. Consequently `not` holds if its inner condition cannot be
 //! decided.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use schemars::JsonSchema;
 use serde::de::Error;
 use serde::{Deserialize, Deserializer};
 
-use crate::pattern::matches;
-use crate::{AttributeName, Event, Interest, OneOrMore, Pointer, Priority, Selector, Value};
+use crate::pattern::{matches, odd_in_pattern};
+use crate::{AttributeName, Event, Interest, OneOrMore, Pointer, Priority, Selector, Value, log};
 
 mod wanted;
 
@@ -138,6 +138,48 @@ impl Condition {
         own().or_else(of_all).or_else(of_any)
     }
 
+    /// Adds a warning for each pattern and each text with characters that have a meaning in other
+    /// pattern languages only. `seen`: the patterns of which the host warns.
+    fn warn_of_odd_texts(&self, seen: &[String], warnings: &mut BTreeSet<String>) {
+        let Written {
+            r#type,
+            source,
+            subject,
+            attributes,
+            payload,
+            all,
+            any,
+            not,
+            ..
+        } = &self.0;
+        let patterns = r#type.iter().flat_map(|patterns| patterns.iter());
+        for pattern in patterns.filter(|pattern| !seen.contains(pattern)) {
+            warnings.extend(odd_in_pattern(pattern).map(|odd| {
+                format!("the type pattern '{pattern}' contains '{odd}', which matches only itself; the one wildcard is '*', so list several patterns instead")
+            }));
+        }
+        let named = [("source", source.as_ref()), ("subject", subject.as_ref())];
+        let named = named
+            .into_iter()
+            .filter_map(|(name, wanted)| Some((name, wanted?)));
+        let attributes = attributes
+            .iter()
+            .map(|(name, wanted)| (name.as_str(), wanted));
+        let payload = payload.iter().map(|(name, wanted)| (name.as_str(), wanted));
+        for (name, wanted) in named.chain(attributes).chain(payload) {
+            warnings.extend(wanted.odd_text().map(|(text, odd)| {
+                format!("the text '{text}' for {name} contains '{odd}', which matches only itself; for a pattern, use prefix, suffix, contains or matches")
+            }));
+        }
+        let of_lists = [all, any]
+            .into_iter()
+            .flatten()
+            .flat_map(|list| list.iter());
+        for condition in of_lists.chain(not.as_deref()) {
+            condition.warn_of_odd_texts(seen, warnings);
+        }
+    }
+
     fn add_what_it_reads(&self, interest: &mut Interest) {
         let Written {
             attributes,
@@ -248,9 +290,13 @@ impl Interest {
         for pattern in types.unwrap_or_default().concat() {
             add(&mut interest.types, pattern);
         }
+        let mut warnings = BTreeSet::new();
         for condition in conditions.into_iter().flatten() {
             condition.add_what_it_reads(&mut interest);
+            condition.warn_of_odd_texts(&interest.types, &mut warnings);
         }
+        // Here and not where it is parsed: the host asks for this once per load.
+        warnings.into_iter().for_each(log::warn);
         interest
     }
 
@@ -371,6 +417,37 @@ mod tests {
                 "{time_ms}"
             );
         }
+    }
+
+    #[test]
+    fn texts_that_look_like_patterns_are_warned_of_wherever_they_are_read() {
+        let conditions = [
+            json!({"type": "a.{b,c}"}),
+            json!({"any": [{"type": ["^d", "e"]}, {"source": "/shop/*"}]}),
+            json!({"not": {"attributes": {"site": {"prefix": "^eu"}}}}),
+            json!({"payload": {"/x": ["{/y}", "plain"], "/z": {"matches": "^ok$"}}}),
+        ]
+        .map(condition);
+        Interest::in_conditions(conditions.iter().map(Some));
+        let logged = crate::testing::logged();
+        let warnings: Vec<&str> = logged.iter().map(|(_, text)| text.as_str()).collect();
+        assert_eq!(
+            warnings,
+            [
+                "the text '/shop/*' for source contains '*', which matches only itself; for a pattern, use prefix, suffix, contains or matches",
+                "the text '^eu' for site contains '^', which matches only itself; for a pattern, use prefix, suffix, contains or matches",
+                "the text '{/y}' for /x contains '{', which matches only itself; for a pattern, use prefix, suffix, contains or matches",
+                "the type pattern '^d' contains '^', which matches only itself; the one wildcard is '*', so list several patterns instead",
+                "the type pattern 'a.{b,c}' contains '{', which matches only itself; the one wildcard is '*', so list several patterns instead",
+            ]
+        );
+        // The host warns of the types of the interest.
+        let first = &conditions[..1];
+        assert_eq!(
+            Interest::in_conditions(first.iter().map(Some)).types,
+            ["a.{b,c}"]
+        );
+        assert_eq!(crate::testing::logged(), []);
     }
 
     #[test]

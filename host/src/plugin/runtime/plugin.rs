@@ -453,12 +453,8 @@ impl Plugin {
             return Err(LoadError::of_file("does not describe itself"));
         };
         after.selection.check().map_err(LoadError::of_file)?;
-        if let Some((pattern, odd)) = after.selection.odd_pattern() {
-            tracing::warn!(
-                plugin.name = self.name.as_str(),
-                "the type pattern '{}' of the plugin contains '{odd}', which matches only itself; the one wildcard is '*', so list several patterns instead",
-                printable(pattern)
-            );
+        for warning in after.selection.odd_texts() {
+            tracing::warn!(plugin.name = self.name.as_str(), "{warning}");
         }
         if let Some(problem) = [&before, &after]
             .into_iter()

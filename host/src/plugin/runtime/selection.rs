@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 use std::cell::OnceCell;
 
+use super::log::printable;
 use crate::event::{Event, Payload, Value};
 
 /// The maximum number of patterns, of attributes and of fields in a manifest.
@@ -66,18 +67,37 @@ impl Selection {
         }
     }
 
-    /// The first type pattern with a character that has a meaning in other pattern languages, and
-    /// that character.
-    pub(super) fn odd_pattern(&self) -> Option<(&str, char)> {
-        let is_odd = |c: char| {
-            matches!(
-                c,
-                '{' | '}' | '^' | '$' | '[' | ']' | '(' | ')' | '|' | '?' | '\\'
-            )
+    /// A warning for each text with characters that have a meaning in other pattern languages only.
+    pub(super) fn odd_texts(&self) -> Vec<String> {
+        let is_odd = |c: &char| "{}^$[]()|?\\".contains(*c);
+        let types = self.types.iter().filter_map(|pattern| {
+            let odd = pattern.chars().find(is_odd)?;
+            Some(format!(
+                "the type pattern '{}' of the plugin contains '{odd}', which matches only itself; the one wildcard is '*', so list several patterns instead",
+                printable(pattern)
+            ))
+        });
+        let names = self.attributes.iter().filter(|name| *name != "*");
+        let names = names.filter_map(|name| {
+            let odd = name.chars().find(|c| *c == '*' || is_odd(c))?;
+            Some(format!(
+                "the attribute '{}' that the plugin reads contains '{odd}', which no attribute has; name each attribute, or '*' for all of them",
+                printable(name)
+            ))
+        });
+        // Any character may be part of a field's name; these stand for all of it elsewhere.
+        let is_wild = |part: &str| {
+            part == "*" || part == "**" || part.starts_with('[') || part.starts_with('{')
         };
-        self.types
-            .iter()
-            .find_map(|pattern| Some((pattern.as_str(), pattern.chars().find(|c| is_odd(*c))?)))
+        let fields = self.fields.iter().filter_map(|field| {
+            let part = field.split('/').find(|part| is_wild(part))?;
+            Some(format!(
+                "the field '{}' that the plugin reads contains '{}', which is the name of one field and not a pattern; name each field, or a list or an object as a whole",
+                printable(field),
+                printable(part)
+            ))
+        });
+        types.chain(names).chain(fields).collect()
     }
 
     /// Whether the plugin is to be called for events of this type.
@@ -384,6 +404,39 @@ mod tests {
                 &format!("{blank}[\"{large}\"]"),
             );
         }
+    }
+
+    #[test]
+    fn texts_that_look_like_other_patterns_are_warned_of() {
+        let texts = |list: &[&str]| list.iter().map(|text| (*text).to_owned()).collect();
+        let fine = Selection {
+            types: texts(&["order.*", "a-b/c:d"]),
+            attributes: texts(&["*", "site"]),
+            fields: texts(&["/a*b/$schema", "/x(1)/0"]),
+            payload: false,
+        };
+        assert_eq!(fine.odd_texts(), Vec::<String>::new());
+        let odd = Selection {
+            types: texts(&["order.*", "^a", "b$"]),
+            attributes: texts(&["si*"]),
+            fields: texts(&["/lines/*/id", "/lines/[0]", "/{name}"]),
+            payload: false,
+        };
+        let begin = |warning: &String| {
+            let (begin, _) = warning.split_once("', which").expect("a reason");
+            begin.to_owned()
+        };
+        assert_eq!(
+            odd.odd_texts().iter().map(begin).collect::<Vec<_>>(),
+            [
+                "the type pattern '^a' of the plugin contains '^",
+                "the type pattern 'b$' of the plugin contains '$",
+                "the attribute 'si*' that the plugin reads contains '*",
+                "the field '/lines/*/id' that the plugin reads contains '*",
+                "the field '/lines/[0]' that the plugin reads contains '[0]",
+                "the field '/{name}' that the plugin reads contains '{name}",
+            ]
+        );
     }
 
     #[test]

@@ -15,6 +15,7 @@ use serde::de::{Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::alternatives;
+use crate::pattern::odd_in_text;
 use crate::{Event, OneOrMore, Priority, Selector, Value};
 
 /// The tests that a value must pass, as an operator writes them: a value, a list of alternative
@@ -205,6 +206,32 @@ impl Wanted {
             present.map(|present| (if present { "is present" } else { "is absent" }).to_owned()),
         );
         format!("{name} {}", parts.join(" and "))
+    }
+
+    /// The first text that is compared as it is and looks like a pattern, and the character that
+    /// has no meaning there.
+    pub(super) fn odd_text(&self) -> Option<(&str, char)> {
+        let Operators {
+            equals,
+            not_equals,
+            one_of,
+            prefix,
+            suffix,
+            contains,
+            includes,
+            ..
+        } = &self.0;
+        let values = equals.iter().chain(not_equals);
+        let lists = one_of.iter().chain(includes);
+        let values = values.chain(lists.flat_map(|list| list.iter()));
+        let values = values.filter_map(|value| match value {
+            Value::Text(text) => Some(text),
+            _ => None,
+        });
+        let texts = values.chain(prefix).chain(suffix).chain(contains);
+        texts
+            .map(String::as_str)
+            .find_map(|text| Some((text, odd_in_text(text)?)))
     }
 
     fn is_empty(&self) -> bool {
