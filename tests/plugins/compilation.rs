@@ -106,6 +106,10 @@ fn events_wait_while_a_file_of_a_restarted_node_is_compiled_and_the_others_are_l
     let mut stream = node.stream("7");
     node.publisher()
         .publish(&[event("e1", "t", json!({ "user": "7" }))]);
+    // Counted by the broker: without the wait it would have been decided long before it is counted.
+    eventually(EVENTUALLY, "the event waits", || {
+        (node.metric("pointsman_source_lag_entries") == 1.0).then_some(())
+    });
     assert_eq!(node.metric("pointsman_events_total"), 0.0);
     plugins.remove("slow.wasm");
     assert_eq!(stream.next_notification(EVENTUALLY).id, "e1");
