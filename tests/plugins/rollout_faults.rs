@@ -184,9 +184,17 @@ fn a_node_that_was_stopped_during_a_rollback_decides_nothing_by_the_withdrawn_ve
     // The first one lacks a plugin and decides nothing.
     let one = start(0, "[plugins.discard]\n");
     let two = start(1, "");
+    for node in [&one, &two] {
+        eventually(EVENTUALLY, "its version is active", || {
+            let answer = node.admin("/v1/plugins/rules");
+            (answer.status == 200 && answer.json()["generation"] == 1).then_some(())
+        });
+    }
     for (user, group) in [("ann", "region-us"), ("bob", "region-eu")] {
         let path = format!("/v1/groups/{group}/members/{user}");
-        assert_eq!(one.request("PUT", &path).status, 204);
+        eventually(EVENTUALLY, "the node has reached its broker", || {
+            (one.request("PUT", &path).status == 204).then_some(())
+        });
     }
     let new = file(&files, "new.toml", NEW);
     let new = new.to_str().expect("UTF-8");

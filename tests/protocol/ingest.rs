@@ -4,7 +4,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use pointsman::broker::{Broker, Lease, Notice, Partitions as _, Sources as _};
@@ -12,6 +12,7 @@ use pointsman::event::{EntryId, NotificationId, Outcome, PartitionNumber};
 use pointsman::ingest::pipeline::Pipeline;
 use pointsman::ingest::worker::{Config, Ingest};
 use pointsman::plugin::registry::Registry;
+use pointsman::plugin::registry::rollout::CONFIRMED_FOR;
 use pointsman::plugin::registry::settings::Config as Plugins;
 use pointsman::telemetry::metrics::{Metrics, OutcomeLabel, SourceLabel};
 use pointsman::telemetry::readiness::Readiness;
@@ -37,6 +38,7 @@ on_each_broker! {
     a_slice_whose_reply_was_lost_is_written_once,
     each_entry_read_has_one_outcome_is_left_to_be_read_again_or_is_in_flight,
     events_that_wait_for_a_retry_are_left_to_the_next_owner,
+    a_node_that_has_not_read_the_rollouts_lately_hands_its_source_over,
 }
 
 /// A pipeline with the bundled plugin `address`, which routes events to the recipients that they
@@ -886,6 +888,47 @@ async fn a_batch_read_before_a_fail_over_is_not_committed_after_it() {
             .trimmed_unread,
         0
     );
+    owner.stop().await;
+}
+
+/// A node that was stopped may come back with a version that was withdrawn meanwhile. The others no
+/// longer wait for it, so it must not decide before it has read the roll-outs again.
+async fn a_node_that_has_not_read_the_rollouts_lately_hands_its_source_over(stage: Stage) {
+    let folder = Folder::new();
+    std::fs::write(folder.path().join("address.wasm"), core_module("address"))
+        .expect("write a plugin");
+    let pipeline = pipeline(Some(&folder));
+    let registry = Arc::clone(pipeline.registry());
+    registry.require_rollouts();
+    let a = stage.another().await;
+    let is_left = async || {
+        let lease = stage
+            .puppet
+            .broker
+            .lease(stage.p, "other", Duration::from_secs(60));
+        lease.await.expect("lease") == Lease::Mine
+    };
+    let hand_back = async || {
+        let released = stage.puppet.broker.release(stage.p, "other");
+        released.await.expect("release");
+    };
+    // Before it has read them for the first time.
+    append(&stage, &ids(0..1)).await;
+    let owner = Owner::start(&a, "a", pipeline);
+    assert!(is_left().await);
+    hand_back().await;
+    registry.confirm_rollouts(Instant::now());
+    committed_once(&stage, &ids(0..1)).await;
+    // And when that was too long ago.
+    let long_ago = Instant::now().checked_sub(CONFIRMED_FOR);
+    registry.confirm_rollouts(long_ago.expect("the machine runs for longer"));
+    append(&stage, &ids(1..2)).await;
+    until("the source is left to another node", is_left).await;
+    let state = stage.puppet.broker.state(stage.p).await.expect("state");
+    assert_eq!(state.lag, 1);
+    hand_back().await;
+    registry.confirm_rollouts(Instant::now());
+    committed_once(&stage, &ids(0..2)).await;
     owner.stop().await;
 }
 

@@ -32,6 +32,7 @@ pub mod rollout;
 mod section;
 pub mod settings;
 mod slot;
+mod staged;
 pub mod state;
 pub mod watcher;
 

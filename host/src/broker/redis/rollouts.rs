@@ -16,6 +16,7 @@ const REPORTS_AT_ONCE: usize = 16;
 
 /// See [`crate::broker::Rollouts::rollouts`].
 pub(super) async fn read(redis: &Redis, plugins: &[Name]) -> Result<WantedVersions> {
+    type Found = Vec<(String, Option<Vec<u8>>)>;
     let call = redis.connection.eval(&scripts::ROLLOUTS, |command| {
         command
             .arg(1)
@@ -25,7 +26,7 @@ pub(super) async fn read(redis: &Redis, plugins: &[Name]) -> Result<WantedVersio
             command.arg(plugin.as_str());
         }
     });
-    let (revision, found): (u64, Vec<(String, Option<Vec<u8>>)>) = call.await?;
+    let (revision, found): (u64, Found) = call.await?;
     let mut wanted = WantedVersions {
         revision,
         ..WantedVersions::default()
