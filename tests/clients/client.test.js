@@ -115,6 +115,24 @@ test("a notification is shown again if the client ends while its handler runs, a
   assert.deepEqual(begun, [1, 2]);
 });
 
+test("a browser that blocks storage or locks leaves the position in memory", { timeout: 120_000 }, async (t) => {
+  const node = await startNode(t);
+  const line = await proxy(node.address);
+  t.after(() => line.close());
+  const refuse = () => { throw new DOMException("blocked", "SecurityError"); };
+  const before = Object.getOwnPropertyDescriptor(globalThis, "navigator");
+  Object.defineProperty(globalThis, "navigator", { value: { onLine: true, locks: { request: async () => refuse() } }, configurable: true });
+  t.after(() => (before ? Object.defineProperty(globalThis, "navigator", before) : delete globalThis.navigator));
+  const connection = follow(t, `${line.url}/v1/stream?user=ada`, { storage: { getItem: refuse, setItem: refuse } });
+  await isLive(connection);
+  await node.publish("ada", 1);
+  await shows(connection, [1]);
+  line.cut();
+  await node.publish("ada", 2);
+  line.mend();
+  await shows(connection, [1, 2]);
+});
+
 test("a handler that fails is reported and does not end the connection", { timeout: 120_000 }, async (t) => {
   const node = await startNode(t);
   const reported = t.mock.method(console, "error", () => {});

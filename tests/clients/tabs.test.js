@@ -56,6 +56,16 @@ describe("the tabs of a browser", { concurrency: 2 }, () => {
         // The computer sleeps: the network forgets its connections without ending them.
         async () => { stop("SIGSTOP"); line.hang(); await publish(2); stop("SIGCONT"); },
         async () => { await Promise.all(tabs.map(({ read }) => read("void dispatchEvent(new Event('offline'))"))); },
+        async () => {
+          // WebDriver cannot take Firefox offline.
+          if (name === "firefox") return;
+          const sessions = await Promise.all(tabs.map(({ page }) => page.createCDPSession()));
+          const setOffline = (offline) => Promise.all(sessions.map((session) => session.send("Network.emulateNetworkConditions", { offline, latency: 0, downloadThroughput: -1, uploadThroughput: -1 })));
+          await setOffline(true);
+          await offline();
+          await publish(2);
+          await setOffline(false);
+        },
       ];
       for (const interrupt of interruptions) {
         await publish();
