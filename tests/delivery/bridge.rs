@@ -229,7 +229,7 @@ fn a_flood_that_cannot_be_appended_is_bounded_and_counted() {
     assert!(n_published > 80, "{n_published}");
     eventually(SOON, "readiness shows why", || {
         let ready = node.admin("/readyz").body;
-        let reason = "bridges.user:*: the broker is full: 1 entries are waiting";
+        let reason = "warning: bridges.user:*: the broker is full: 1 entries are waiting";
         ready.contains(reason).then_some(())
     });
     assert_eq!(outcome(&node, "appended"), 1);
@@ -303,6 +303,34 @@ fn each_bridge_that_matches_a_channel_appends_an_event_but_none_a_notice_of_poin
     assert_eq!(next_number(&mut pat), 2);
     assert_eq!(outcome(&node, "appended"), 1);
     assert_eq!(node.metric("pointsman_bridge_messages_total"), 3.0);
+}
+
+/// The lease lies in the slot of the source, and a sharded channel in its own.
+#[test]
+fn bridges_work_on_a_cluster_with_their_own_prefix() {
+    let server = RedisServer::cluster();
+    let config = "[broker]\nprefix = 'shop'\nsources = ['orders', 'shop:events']\n[[bridge]]\nchannel = 'orders:{7}'\nsharded = true\nuser = '{/user}'\nappend_to = 'shop:events'\n";
+    let node = node_with(&server, &format!("{config}{BY_USER}")).start();
+    eventually(SOON, "the node listens to both", || {
+        (node.metric("pointsman_bridge_listening") == 2.0).then_some(())
+    });
+    let mut stream = node.stream("42");
+    publish(&server, "user:42", "1");
+    assert_eq!(next_number(&mut stream), 1);
+    let n_receivers: usize = redis::cmd("SPUBLISH")
+        .arg("orders:{7}")
+        .arg(r#"{"user":42}"#)
+        .query(&mut server.connection())
+        .expect("SPUBLISH");
+    assert_eq!(n_receivers, 1);
+    assert_eq!(stream.next_notification(SOON).data, json!({ "user": 42 }));
+    let keys: Vec<String> = server.command("KEYS *bridge:*");
+    assert_eq!(keys.len(), 2);
+    assert!(
+        keys.contains(&"shop:{orders}:bridge:user:*".to_owned()),
+        "{keys:?}"
+    );
+    assert!(keys.iter().all(|key| key.starts_with("shop:")), "{keys:?}");
 }
 
 #[test]

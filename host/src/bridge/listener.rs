@@ -34,9 +34,11 @@ const RENEW_AT_LEAST_EVERY: Duration = Duration::from_secs(1);
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2), 0.5..=1.0);
 /// A connection that lasted this long was not cut because it was made.
 const SETTLED: Duration = Duration::from_secs(3);
+/// How long a node that cannot subscribe leaves the lease to others.
+const GIVE_UP_FOR: Duration = Duration::from_secs(2);
 /// How long an error reported by the broker stays in readiness without a repetition: longer than
 /// the longest pause.
-const PERMANENT_ERROR_SHOWN_FOR: Duration = Duration::from_secs(5);
+const ERROR_SHOWN_FOR: Duration = Duration::from_secs(5);
 /// The least time between two log lines of a kind.
 const LOG_EVERY: Duration = Duration::from_secs(60);
 
@@ -134,8 +136,11 @@ impl Listener {
                         self.metrics.bridge_takeovers.get_or_create(&label).inc();
                         tracing::warn!(bridge.name = %self.bridge.name(), "the node that listened did not release its lease; this node takes over");
                     }
-                    self.listen(&session, &complaints).await;
-                    Duration::from_millis(20)
+                    if self.listen(&session, &complaints).await {
+                        Duration::ZERO
+                    } else {
+                        GIVE_UP_FOR
+                    }
                 }
                 Err(error) => {
                     self.report("cannot take the lease of a bridge", &error);
@@ -164,12 +169,13 @@ impl Listener {
         }
     }
 
-    /// Listens until the lease is lost or the shutdown has begun and everything is appended.
-    async fn listen(&self, session: &ListenerSession, complaints: &Complaints) {
+    /// Listens until the lease is lost or the shutdown has begun and everything is appended. Returns
+    /// `false` if this node could not subscribe, so that another one should listen.
+    async fn listen(&self, session: &ListenerSession, complaints: &Complaints) -> bool {
         self.note("this node connects".into());
         let (sender, mut receiver) = queue::new();
         let (link, ended) = (Link::default(), CancellationToken::new());
-        tokio::join!(
+        let ((), has_subscribed, ()) = tokio::join!(
             self.keep_lease(session, &link, &ended),
             self.receive(sender, &link, &ended, complaints),
             self.append(session, &mut receiver, &ended, complaints),
@@ -183,6 +189,7 @@ impl Listener {
         {
             tracing::debug!(bridge.name = %self.bridge.name(), %error, "cannot release the lease; it will expire");
         }
+        has_subscribed
     }
 
     /// Renews the lease until `ended`, which it causes if another session has the lease.
@@ -232,26 +239,32 @@ impl Listener {
     }
 
     /// Receives messages into the queue until `ended` or the shutdown, and subscribes again after
-    /// each failure.
+    /// each failure. Returns `false` if that failed for as long as the lease lasts.
     async fn receive(
         &self,
         mut sender: Sender,
         link: &Link,
         ended: &CancellationToken,
         complaints: &Complaints,
-    ) {
+    ) -> bool {
         let mut backoff = BACKOFF;
+        let mut failing_since = Instant::now();
         loop {
             let subscribe = self
                 .channels
                 .subscribe(self.bridge.channel(), self.max_event_bytes);
             let subscribed = tokio::select! {
                 subscribed = subscribe => subscribed,
-                () = self.shutdown.begun() => return,
-                () = ended.cancelled() => return,
+                () = self.shutdown.begun() => return true,
+                () = ended.cancelled() => return true,
             };
             match subscribed {
-                Err(error) => self.report("cannot subscribe to the channel of a bridge", &error),
+                Err(error) => {
+                    self.report("cannot subscribe to the channel of a bridge", &error);
+                    if failing_since.elapsed() >= self.lease_ttl {
+                        return false;
+                    }
+                }
                 Ok(mut subscription) => {
                     let began = Instant::now();
                     link.change(|state| {
@@ -261,7 +274,10 @@ impl Listener {
                     self.set_listening(true);
                     let forward =
                         self.forward(subscription.as_mut(), &mut sender, link, ended, complaints);
-                    let Err(error) = forward.await else { return };
+                    let Err(error) = forward.await else {
+                        return true;
+                    };
+                    failing_since = Instant::now();
                     self.set_listening(false);
                     link.change(|state| state.last_alive = None);
                     self.metrics
@@ -276,8 +292,8 @@ impl Listener {
             }
             tokio::select! {
                 () = tokio::time::sleep(backoff.pause()) => {}
-                () = self.shutdown.begun() => return,
-                () = ended.cancelled() => return,
+                () = self.shutdown.begun() => return true,
+                () = ended.cancelled() => return true,
             }
         }
     }
@@ -415,8 +431,7 @@ impl Listener {
     }
 
     fn note(&self, text: String) {
-        self.readiness
-            .note(&format!("bridges.{}", self.bridge.name()), text);
+        self.readiness.note(&self.line(), text);
     }
 
     /// The broker monitor reports an outage; anything else is reported here.
@@ -425,12 +440,21 @@ impl Listener {
             Error::Unavailable(_) => {
                 tracing::debug!(bridge.name = %self.bridge.name(), %error, "{what}")
             }
-            _ => self.readiness.set_for(
-                &format!("bridges.{}", self.bridge.name()),
-                error.to_string(),
-                PERMANENT_ERROR_SHOWN_FOR,
-            ),
+            // Streams and publishers over HTTP can still use this node.
+            Error::Full(_) => {
+                self.readiness
+                    .warn_for(&self.line(), error.to_string(), ERROR_SHOWN_FOR);
+            }
+            Error::Permanent(_) | Error::TooManyGroups { .. } => {
+                self.readiness
+                    .set_for(&self.line(), error.to_string(), ERROR_SHOWN_FOR);
+            }
         }
+    }
+
+    /// The name of its lines in readiness.
+    fn line(&self) -> String {
+        format!("bridges.{}", self.bridge.name())
     }
 }
 

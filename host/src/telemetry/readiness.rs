@@ -123,6 +123,12 @@ impl Readiness {
         self.put(name, text.into(), true, None);
     }
 
+    /// Like [`Readiness::warn`], for a condition that is visible only when it occurs: expires after
+    /// `long` unless it is set again.
+    pub fn warn_for(&self, name: &str, text: impl Into<String>, long: Duration) {
+        self.put(name, text.into(), true, Some(Instant::now() + long));
+    }
+
     /// Displays the state of a part, which needs no attention. Not logged.
     pub fn note(&self, name: &str, text: impl Into<String>) {
         let text = printable(&text.into().replace(['\n', '\r'], " "));

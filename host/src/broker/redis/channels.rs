@@ -220,11 +220,10 @@ impl ChannelConnection {
             };
             if let (Some(Element::Text(channel)), Some(body)) =
                 (elements.next(), elements.next().and_then(body))
+                && !channel.starts_with(self.own_channels.as_bytes())
             {
-                if !channel.starts_with(self.own_channels.as_bytes()) {
-                    let channel = Bytes::copy_from_slice(&channel);
-                    messages.push(ChannelMessage { channel, body });
-                }
+                let channel = Bytes::copy_from_slice(&channel);
+                messages.push(ChannelMessage { channel, body });
             }
         }
         Ok(messages)
