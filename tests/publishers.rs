@@ -81,7 +81,7 @@ fn publish(language: &str, server: &RedisServer, messages: &[(&str, String, Stri
     output_of(&mut command);
 }
 
-/// What a stream receives up to and including the notification with the id `last`: priority, type
+/// The notifications that a stream receives up to and including the notification with the id `last`: priority, type
 /// and data, sorted, because bridges append independently of each other.
 fn received_until(stream: &mut Stream, last: &str) -> Vec<String> {
     let mut received = Vec::new();

@@ -1,7 +1,7 @@
 import type { Notification, Options, State } from './index.js';
 
 export interface NotificationsOptions<Data = unknown> extends Omit<Options<Data>, 'user'> {
-  /** `null` while no user is signed in: there is no connection then. */
+  /** `null` while no user is signed in: nothing is connected then. */
   user?: string | null;
   /** The most notifications that are kept (100). */
   limit?: number;

@@ -18,7 +18,7 @@ export async function launch(t, name, profile) {
 }
 
 /**
- * A tab that follows a user with the package. Whatever it shows is in `localStorage` at once, so
+ * A tab that follows a user with the package. All that it shows is in `localStorage` at once, so
  * that the other tabs know it when this one is closed. `life` is that of its tokens in seconds;
  * `prepare` is called with the page before it is loaded.
  */

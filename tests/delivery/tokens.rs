@@ -440,7 +440,7 @@ fn a_rotated_secret_or_key_file_takes_effect_without_a_restart() {
     });
     assert_eq!(publishes("the first key of publishers"), 401);
 
-    // What cannot be used leaves the former content in effect, and readiness names it.
+    // Unusable content leaves the former one in effect, and readiness names it.
     for (name, text, key) in [
         ("secret", "short", "auth.jwt_secret_file"),
         ("current.pub", &read("rsa.pem"), "auth.jwt_key_files"),

@@ -58,7 +58,7 @@ pub(super) fn header(token: &str) -> Result<Header, Error> {
     jsonwebtoken::decode_header(token).map_err(|_| invalid("this is not a valid token"))
 }
 
-/// What the configuration requires of a token.
+/// The requirements of the configuration for a token.
 #[derive(Debug)]
 pub(super) struct TokenChecks {
     config: Config,

@@ -265,7 +265,7 @@ impl Bridge {
         &self.append_to
     }
 
-    /// What it needs from Redis.
+    /// Its requirements of Redis.
     pub fn access(&self) -> BridgeAccess {
         BridgeAccess {
             bridge: self.name.to_string(),

@@ -33,7 +33,7 @@ impl Channel {
     }
 }
 
-/// What a bridge needs from Redis: checked before it is needed.
+/// The rights that a bridge needs in Redis, checked beforehand.
 #[derive(Clone, Debug)]
 pub struct BridgeAccess {
     /// The name of the bridge.

@@ -130,7 +130,7 @@ pub struct Redis {
     keys: Vec<PartitionKeys>,
     retention: Retention,
     clock: BrokerClock,
-    /// What the bridges need, for the check of rights.
+    /// The rights that the bridges need, for the check.
     bridges: Vec<BridgeAccess>,
     /// The address from which this machine reaches Redis.
     local_ip: std::net::IpAddr,

@@ -10,7 +10,7 @@ use super::cloudevents::Mode;
 use crate::event::Name;
 
 /// Returns the headers and the body of a request with `kind` as the type of each event that has
-/// none. What cannot be read stays as it is, and is refused later.
+/// none. A body that cannot be read stays as it is, and is refused later.
 pub(in crate::http) fn add_type(
     mode: Mode,
     mut headers: HeaderMap,

@@ -65,7 +65,7 @@ struct Usage {
     n_requests: usize,
     /// Since when the head of a request is incomplete; from the first on, since its first byte.
     head_since: Option<Instant>,
-    /// Whether it is HTTP/2, where bytes may arrive that are no request.
+    /// Whether it is HTTP/2, where bytes may arrive outside of requests.
     is_http_2: bool,
     /// When the last request ended.
     idle_since: Instant,
