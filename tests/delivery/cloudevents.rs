@@ -138,6 +138,44 @@ fn a_compressed_event_is_delivered_as_sent_in_every_mode() {
     assert_eq!(stream.next_notification(SOON).id, "last");
 }
 
+#[test]
+fn a_compressed_batch_of_the_largest_size_fits_where_an_uncompressed_one_does() {
+    let node = Node::builder()
+        .config("[limits]\nbody_bytes = 8388608")
+        .start();
+    let mut stream = node.stream("42");
+    // Characters that hardly compress, from a generator that is good enough for that.
+    let mut state = 1_u64;
+    let mut text = |n: usize| -> String {
+        let next = || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            char::from(b'!' + (state >> 58) as u8)
+        };
+        std::iter::repeat_with(next)
+            .take(n)
+            .collect::<String>()
+            .replace(['"', '\\'], "x")
+    };
+    let events: Vec<Value> = (0..20)
+        .map(|n| {
+            event(
+                &n.to_string(),
+                "t",
+                json!({ "user": "42", "data": text(200_000) }),
+            )
+        })
+        .collect();
+    let sent = gzip(&serde_json::to_vec(&events).expect("JSON"));
+    assert!(sent.len() > 2 * 1024 * 1024, "{} bytes", sent.len());
+    let answer = node.send("POST", "/v1/events", &[BATCH, GZIP], &sent);
+    assert_eq!(answer.status, 200, "{answer:?}");
+    for n in 0..20 {
+        assert_eq!(stream.next_notification(SOON).id, n.to_string());
+    }
+}
+
 /// 64 bodies of 250 KB that would inflate to 256 MB each.
 #[test]
 fn bodies_that_inflate_without_end_are_refused_and_hold_bounded_memory() {

@@ -115,7 +115,8 @@ impl BodyReader {
         };
         let mut bytes = read(body, max, timeouts, Some(&mut room)).await?;
         if let Some(compressed) = coding.inflate(&bytes) {
-            bytes = inflate(compressed, coding, max, &mut room).await?;
+            let n_charged = bytes.len();
+            bytes = inflate(compressed, coding, n_charged, max, &mut room).await?;
         }
         Ok(HeldBody {
             bytes,
@@ -248,13 +249,17 @@ pub(super) async fn read(
 }
 
 /// Inflates a body piece by piece, and charges each piece before it is held, so that a body that
-/// inflates to a thousand times its size takes no more memory and time than any other.
+/// inflates to a thousand times its size takes no more memory and time than any other. The
+/// `n_charged` bytes of the compressed body count for what they inflate to: otherwise a body within
+/// `max` would not fit into a share that has room for one. For the moment, it holds twice its charge
+/// at most.
 ///
 /// # Errors
 /// 413 above `max` bytes, 400 if it is damaged, 503 if it finds no room.
 async fn inflate(
     mut compressed: Inflate,
     coding: Coding,
+    mut n_charged: usize,
     max: usize,
     room: &mut Room<'_>,
 ) -> Result<Bytes, ApiError> {
@@ -272,7 +277,9 @@ async fn inflate(
             let reason = format!("the body inflates to more than {max} bytes");
             return Err(ApiError::too_large(reason).fix("send fewer or smaller events at once"));
         }
-        room.add(n).await?;
+        let n_covered = n.min(n_charged);
+        n_charged -= n_covered;
+        room.add(n - n_covered).await?;
         // Inflating takes processor time, and other requests need the thread.
         tokio::task::yield_now().await;
         bytes.extend_from_slice(&piece[..n]);
