@@ -80,7 +80,7 @@ mod tests {
         // A batch may take more than is left.
         bucket.take(5, after(500));
         assert_eq!(bucket.wait(after(500)), Some(Duration::from_millis(2_500)));
-        assert!(!bucket.is_full(after(12_900)) && bucket.is_full(after(13_000)));
+        assert!(!bucket.is_full(after(12_000)) && bucket.is_full(after(12_500)));
         // A clock that stands still or goes back adds nothing.
         bucket.take(20, after(13_000));
         assert!(bucket.wait(after(1)).is_some());

@@ -229,7 +229,8 @@ fn a_client_behind_a_trusted_proxy_that_sends_requests_too_fast_is_asked_to_wait
 
 #[test]
 fn a_publisher_above_its_rate_is_asked_to_wait_and_a_dry_run_is_not() {
-    let node = Node::builder().config("[limits]\npublish_rate = 1").start();
+    let config = "[limits]\npublish_rate = 1\n[listen]\nwebhook_origins = [\"*\"]";
+    let node = Node::builder().config(config).start();
     let mut stream = node.stream("42");
     let of = |n: usize| event(&n.to_string(), "t", json!({ "user": "42" }));
     // A batch counts with each of its events, and is stored as a whole.
@@ -252,6 +253,18 @@ fn a_publisher_above_its_rate_is_asked_to_wait_and_a_dry_run_is_not() {
     assert!(wait.is_some_and(|wait| wait > 60), "{answer:?}");
     assert!(answer.json()["fix"].is_string());
     assert_eq!(send("/v1/events?dry_run=true").status, 200);
+    // A sender of webhooks is told the rate beforehand.
+    let sender = ("webhook-request-origin", "events.example");
+    let handshake = node.send("OPTIONS", "/v1/events", &[sender], b"");
+    assert_eq!(
+        handshake.header("webhook-allowed-rate"),
+        Some("60"),
+        "{handshake:?}"
+    );
+    assert_eq!(
+        handshake.header("webhook-allowed-origin"),
+        Some("events.example")
+    );
     for n in 0..1_000 {
         assert_eq!(stream.next_notification(SOON).id, n.to_string());
     }
