@@ -99,6 +99,30 @@ fn a_user_has_a_bounded_number_of_streams_on_a_node_and_other_users_are_unaffect
     });
 }
 
+#[test]
+fn the_oldest_stream_of_a_user_ends_for_a_newer_one_where_that_is_configured() {
+    let limits = "[stream]\nmax_open_per_user = 2\nat_user_limit = \"close-oldest\"\n";
+    let node = Node::builder().config(&format!("{LEAN}{limits}")).start();
+    let mut first = node.stream("42");
+    let mut other = node.stream("43");
+    let mut newer: Vec<_> = (0..2).map(|_| node.stream("42")).collect();
+    let end = first.next_state("close", SOON);
+    assert_eq!(
+        end.data.as_deref(),
+        Some(r#"{"reason":"too-many-streams"}"#)
+    );
+    let retry = end.retry.expect("a reconnect delay");
+    assert!((30_000..=90_000).contains(&retry), "{retry}");
+    assert_eq!(end.id.as_deref(), Some(first.last_event_id()));
+    let name = "pointsman_streams_closed_total{reason=\"too-many-streams\"}";
+    assert_eq!(node.metric(name), 1.0);
+    node.publisher()
+        .publish(&[event("a", "t", json!({ "users": "42,43" }))]);
+    for stream in newer.iter_mut().chain([&mut other]) {
+        assert_eq!(stream.next_notification(SOON).id, "a");
+    }
+}
+
 /// Sends these bytes and reads the answer until the node closes the connection.
 fn raw(addr: SocketAddr, request: &str) -> String {
     let mut socket = TcpStream::connect(addr).expect("connect");

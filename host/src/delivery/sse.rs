@@ -34,6 +34,10 @@ pub use data::data_of;
 pub use framing::{EventName, Format, Framing, FramingChoice};
 pub use timer::{StreamPermit, StreamTimer, TooManyStreams};
 
+/// The reconnect delay of a stream above `stream.max_open_per_user`, ±50 %: another attempt succeeds
+/// only when one of the user's streams has ended, or ends another one.
+pub const USER_LIMIT_RETRY: Duration = Duration::from_secs(60);
+
 /// The transport of a stream: a connection or a share of one.
 pub trait Socket: std::fmt::Debug + Send + Sync {
     /// Bytes taken so far, of this stream and of earlier data. Increases while the peer reads.
@@ -75,9 +79,10 @@ pub struct Config {
     /// Maximum open streams (10,000). Further clients receive a reconnect delay. One HTTP/2
     /// connection carries many streams.
     pub max_open: usize,
-    /// Maximum open streams of one user on this node (64). Further ones are closed with a long
-    /// reconnect delay.
+    /// Maximum open streams of one user on this node (64).
     pub max_open_per_user: usize,
+    /// Which stream is closed, with a long reconnect delay, when a user opens one more (the new one).
+    pub at_user_limit: UserLimit,
     /// Maximum bytes of notifications in the buffers of all streams together (256 MiB). Above it,
     /// the streams that hold most return to replay, and each holds its fair share.
     pub max_buffer_bytes: usize,
@@ -109,6 +114,7 @@ impl Default for Config {
             cursor_interval: Duration::from_secs(180),
             max_open: 10_000,
             max_open_per_user: 64,
+            at_user_limit: UserLimit::default(),
             max_buffer_bytes: 256 * 1024 * 1024,
             format: Format::default(),
             event: EventName::default(),
@@ -125,6 +131,17 @@ pub struct TokenExpiry {
     pub ends_ms: u64,
 }
 
+/// What happens when a user opens more than `max_open_per_user` streams.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum UserLimit {
+    /// The new stream is refused.
+    #[default]
+    RefuseNewest,
+    /// The oldest one ends.
+    CloseOldest,
+}
+
 /// Why this node ends a stream. Clients receive it as `event: close`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StreamEnd {
@@ -136,6 +153,8 @@ pub enum StreamEnd {
     Drain,
     /// The node has lost the broker and another has it; the client reconnects there.
     Unavailable,
+    /// The user has opened a newer stream and has as many as one may have.
+    TooManyStreams,
 }
 
 impl StreamEnd {
@@ -145,6 +164,7 @@ impl StreamEnd {
             Self::TokenExpired => "token-expired",
             Self::Drain => "drain",
             Self::Unavailable => "unavailable",
+            Self::TooManyStreams => "too-many-streams",
         }
     }
 }
@@ -210,6 +230,7 @@ impl Body {
             socket,
         });
         stream_timer.watch(&control);
+        permit.belongs_to(&control);
         let retry_ms = stream_timer.retry_ms();
         let (buffer, cursor, sent_cursor) = (BytesMut::new(), String::new(), String::new());
         Self {
@@ -322,10 +343,13 @@ impl Body {
         if !self.cursor.is_empty() {
             put_id(&mut self.buffer, &self.cursor);
         }
+        let retry_ms = match end {
+            StreamEnd::TooManyStreams => spread_retry(USER_LIMIT_RETRY),
+            _ => self.retry_ms,
+        };
         self.buffer.put_slice(
             format!(
-                "retry: {}\nevent: close\ndata: {{\"reason\":\"{}\"}}\n\n",
-                self.retry_ms,
+                "retry: {retry_ms}\nevent: close\ndata: {{\"reason\":\"{}\"}}\n\n",
                 end.as_str()
             )
             .as_bytes(),
@@ -451,29 +475,38 @@ fn put_target(out: &mut BytesMut, target: &Target) {
     let from = out.len();
     serde_json::to_writer(out.writer(), target)
         .expect("serialising a string to memory cannot fail");
-    // Names of users and groups rarely contain one.
-    if next_separator(&out[from..]).is_some() {
+    // This is done for each stream, and most names are ASCII.
+    if !out[from..].is_ascii() {
         let written = out.split_off(from);
         put_data(out, &written);
     }
 }
 
-/// The characters besides line feed and carriage return that end a line for some readers, such as
-/// `str.splitlines` of Python, with their escapes in JSON. The others of that kind are control
+/// A character besides line feed and carriage return that ends a line for some readers, such as
+/// `str.splitlines` of Python: U+0085, U+2028 or U+2029. The others of that kind are control
 /// characters, which JSON escapes anyway.
-const SEPARATORS: [(&[u8], &[u8]); 3] = [
-    ("\u{85}".as_bytes(), br"\u0085"),
-    ("\u{2028}".as_bytes(), br"\u2028"),
-    ("\u{2029}".as_bytes(), br"\u2029"),
-];
+struct Separator {
+    at: usize,
+    n_bytes: usize,
+    /// Its escape in JSON.
+    escape: &'static [u8],
+}
 
-/// The position of the first separator in a text, and its index in [`SEPARATORS`].
-fn next_separator(text: &[u8]) -> Option<(usize, usize)> {
+/// The first separator in a text.
+fn next_separator(text: &[u8]) -> Option<Separator> {
     // The first bytes of the three. They also begin other characters, which are rare in most texts.
     memchr::memchr2_iter(0xc2, 0xe2, text).find_map(|at| {
-        let mut separators = SEPARATORS.iter();
-        let index = separators.position(|(separator, _)| text[at..].starts_with(separator))?;
-        Some((at, index))
+        let (n_bytes, escape): (_, &[u8]) = match text[at..] {
+            [0xc2, 0x85, ..] => (2, br"\u0085"),
+            [0xe2, 0x80, 0xa8, ..] => (3, br"\u2028"),
+            [0xe2, 0x80, 0xa9, ..] => (3, br"\u2029"),
+            _ => return None,
+        };
+        Some(Separator {
+            at,
+            n_bytes,
+            escape,
+        })
     })
 }
 
@@ -481,11 +514,10 @@ fn next_separator(text: &[u8]) -> Option<(usize, usize)> {
 /// their escapes mean the same. JSON written by the node has no line ends; a payload passed through
 /// unchanged could contain one only if an earlier check failed.
 fn put_data(out: &mut BytesMut, mut json: &[u8]) {
-    while let Some((at, index)) = next_separator(json) {
-        let (separator, escape) = SEPARATORS[index];
-        put_lines(out, &json[..at]);
-        out.put_slice(escape);
-        json = &json[at + separator.len()..];
+    while let Some(separator) = next_separator(json) {
+        put_lines(out, &json[..separator.at]);
+        out.put_slice(separator.escape);
+        json = &json[separator.at + separator.n_bytes..];
     }
     put_lines(out, json);
 }

@@ -2,7 +2,7 @@
 //! timer wheel with slots of one second serves all streams; a stream costs one entry and no timer
 //! of its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use crate::event::Name;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::{Metrics, ReasonLabel};
 
-use super::{Config, Socket, StreamControl, StreamEnd, TokenExpiry, spread_retry};
+use super::{Config, Socket, StreamControl, StreamEnd, TokenExpiry, UserLimit, spread_retry};
 
 /// How long before its token expires a stream is asked to reconnect with a new one, +-20 %, so that
 /// clients whose tokens were issued together do not all renew them at the same moment.
@@ -36,8 +36,29 @@ struct TimerInner {
     metrics: Metrics,
     wheel: Mutex<TimerWheel>,
     permits: Arc<Semaphore>,
-    /// The number of open streams by user; a user without a stream has no entry.
-    open_by_user: Mutex<BTreeMap<Name, usize>>,
+    /// The open streams by user; a user without a stream has no entry.
+    open_by_user: Mutex<BTreeMap<Name, UserStreams>>,
+}
+
+/// The open streams of a user.
+#[derive(Debug, Default)]
+struct UserStreams {
+    /// Of permits, whose streams may still be opening, or have ended and not left yet.
+    n: usize,
+    /// Oldest first; only where the oldest is closed.
+    streams: VecDeque<Weak<StreamControl>>,
+}
+
+impl UserStreams {
+    /// Removes and returns the oldest stream if as many as `max` are open and not ending.
+    fn take_oldest(&mut self, max: usize) -> Option<Arc<StreamControl>> {
+        let is_open = |control: &Arc<StreamControl>| control.end().is_none();
+        self.streams
+            .retain(|stream| stream.upgrade().as_ref().is_some_and(is_open));
+        let is_full = self.streams.len() >= max;
+        let oldest = is_full.then(|| self.streams.pop_front()).flatten();
+        oldest.and_then(|stream| stream.upgrade())
+    }
 }
 
 /// A stream permit: one of the `max_open` streams a node may serve, and of the `max_open_per_user`
@@ -52,11 +73,24 @@ pub struct StreamPermit {
 impl Drop for StreamPermit {
     fn drop(&mut self) {
         let mut open = self.stream_timer.0.open_by_user();
-        if let Some(n) = open.get_mut(&self.user) {
-            *n -= 1;
-            if *n == 0 {
+        if let Some(of_user) = open.get_mut(&self.user) {
+            of_user.n -= 1;
+            if of_user.n == 0 {
                 open.remove(&self.user);
             }
+        }
+    }
+}
+
+impl StreamPermit {
+    /// Names the stream that has the permit, so that it can be closed for a newer one.
+    pub(super) fn belongs_to(&self, control: &Arc<StreamControl>) {
+        if self.stream_timer.0.config.at_user_limit == UserLimit::RefuseNewest {
+            return;
+        }
+        let mut open = self.stream_timer.0.open_by_user();
+        if let Some(of_user) = open.get_mut(&self.user) {
+            of_user.streams.push_back(Arc::downgrade(control));
         }
     }
 }
@@ -165,13 +199,24 @@ impl StreamTimer {
         let of_node = Arc::clone(&self.0.permits)
             .try_acquire_owned()
             .map_err(|_| TooManyStreams::OfNode)?;
+        let max = self.0.config.max_open_per_user;
         let mut open = self.0.open_by_user();
-        let n = open.entry(user.clone()).or_default();
-        if *n >= self.0.config.max_open_per_user {
+        let of_user = open.entry(user.clone()).or_default();
+        // Streams that were closed stay until their clients have taken the end. As many again may
+        // do so, or a client that reads nothing could hold any number of them.
+        let (n_max, oldest) = match self.0.config.at_user_limit {
+            UserLimit::RefuseNewest => (max, None),
+            UserLimit::CloseOldest => (max.saturating_mul(2), of_user.take_oldest(max)),
+        };
+        let is_permitted = of_user.n < n_max;
+        of_user.n += usize::from(is_permitted);
+        drop(open);
+        if let Some(oldest) = oldest {
+            self.0.end(&oldest, StreamEnd::TooManyStreams);
+        }
+        if !is_permitted {
             return Err(TooManyStreams::OfUser);
         }
-        *n += 1;
-        drop(open);
         Ok(StreamPermit {
             user: user.clone(),
             stream_timer: self.clone(),
@@ -327,7 +372,7 @@ impl TimerInner {
         self.wheel.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn open_by_user(&self) -> std::sync::MutexGuard<'_, BTreeMap<Name, usize>> {
+    fn open_by_user(&self) -> std::sync::MutexGuard<'_, BTreeMap<Name, UserStreams>> {
         self.open_by_user
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -382,11 +427,7 @@ impl TimerInner {
             return None;
         }
         if let Some(end) = entry.due_end(now) {
-            // Set before the wake, as are the flags below: the socket's task reads them when it
-            // runs.
-            *control.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
-            self.closed(end.as_str());
-            control.wake();
+            self.end(&control, end);
             // Kept in the wheel in case the socket does not take the end either.
             (entry.age_ms, entry.closing) = (None, None);
             (entry.token_ends_ms, entry.reauth_ms) = (None, None);
@@ -407,6 +448,14 @@ impl TimerInner {
             control.wake();
         }
         Some(entry)
+    }
+
+    fn end(&self, control: &StreamControl, end: StreamEnd) {
+        // Set before the wake, as are the flags of a stream: the socket's task reads them when it
+        // runs.
+        *control.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
+        self.closed(end.as_str());
+        control.wake();
     }
 
     fn closed(&self, reason: &'static str) {
@@ -477,6 +526,21 @@ mod tests {
         let mut moments: Vec<_> = entries(wheel).iter().map(|entry| entry.closing).collect();
         moments.sort_by_key(|closing| closing.map(|(at, _)| at));
         moments
+    }
+
+    #[tokio::test]
+    async fn streams_that_were_closed_for_newer_ones_and_do_not_leave_are_bounded() {
+        let config = Config {
+            max_open_per_user: 2,
+            at_user_limit: UserLimit::CloseOldest,
+            ..Config::default()
+        };
+        let timer = StreamTimer::start(config, Metrics::default(), &Shutdown::new());
+        let user = Name::parse("42").unwrap();
+        let held: Vec<_> = (0..4).map(|_| timer.permit(&user).unwrap()).collect();
+        assert_eq!(timer.permit(&user).unwrap_err(), TooManyStreams::OfUser);
+        drop(held);
+        assert!(timer.permit(&user).is_ok());
     }
 
     #[test]

@@ -12,7 +12,6 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Request, State as Shared};
@@ -305,9 +304,6 @@ async fn start_of_device(
 
 /// The reason for a stream above `stream.max_open_per_user`.
 const TOO_MANY_OF_USER: &str = "too-many-streams";
-/// The reconnect delay of such a stream, +-50 %: another attempt succeeds only when one of the
-/// user's streams has ended.
-const TOO_MANY_RETRY: Duration = Duration::from_secs(60);
 
 /// The reason for a stream that is opened with a token that has expired. The client may hold a
 /// cookie that its page renews, so it is asked to try again instead of being refused for good.
@@ -323,7 +319,7 @@ fn refuse(state: &State, reason: &'static str) -> Response {
         .get_or_create(&ReasonLabel { reason })
         .inc();
     let retry = match reason {
-        TOO_MANY_OF_USER => TOO_MANY_RETRY,
+        TOO_MANY_OF_USER => sse::USER_LIMIT_RETRY,
         TOKEN_EXPIRED => TOKEN_EXPIRED_RETRY,
         _ => state.stream_timer().config().retry,
     };
