@@ -33,6 +33,7 @@ mod retries;
 mod rollouts;
 mod slices;
 mod sources;
+mod tickets;
 
 use redis_only::RedisStore;
 
@@ -176,6 +177,7 @@ macro_rules! suite {
                     the_broker_clock_is_the_one_of_its_heads_and_ids,
                     partitions_have_distinct_numbers,
                 ];
+                tickets: [a_ticket_is_taken_once_by_any_node_or_expires];
                 rollouts: [
                     a_rollout_is_the_last_one_written_on_every_node,
                     a_node_reads_the_last_report_of_every_node,

@@ -23,6 +23,7 @@ mod priority;
 mod resource_limits;
 mod resume;
 mod stability;
+mod tickets;
 mod tls;
 mod tokens;
 mod turns;

@@ -11,6 +11,7 @@
 mod jwks;
 mod keys;
 mod signature;
+mod ticket;
 mod token;
 
 use std::fmt;
@@ -32,6 +33,7 @@ use crate::telemetry::readiness::Readiness;
 
 use jwks::KeyServer;
 use keys::VerificationKey;
+pub use ticket::{Credentials, Ticket};
 use token::{Failure, TokenChecks};
 
 /// The maximum number of keys with which one token is checked.
@@ -168,6 +170,11 @@ pub struct StreamIdentity {
     /// The form of notifications that the token chooses.
     pub framing: FramingChoice,
 }
+
+const NO_TOKENS: Error = Error::Unavailable {
+    what: "this node accepts no tokens",
+    fix: "set auth.jwt_secret, auth.jwt_key_files or auth.jwks_urls",
+};
 
 /// A file with a secret or with keys, which takes effect when it changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -340,12 +347,16 @@ impl Auth {
     /// # Errors
     /// See [`Error`].
     pub async fn stream_identity(&self, parts: &Parts) -> Result<StreamIdentity, Error> {
-        let AuthInner {
-            config,
-            local,
-            servers,
-            ..
-        } = &*self.0;
+        let credentials = self.credentials(parts)?;
+        self.identify(&credentials).await
+    }
+
+    /// What the request shows to be identified; not checked yet.
+    ///
+    /// # Errors
+    /// There is nothing, or a node with this configuration would accept nothing.
+    pub fn credentials(&self, parts: &Parts) -> Result<Credentials, Error> {
+        let config = &self.0.config;
         let token = match bearer(parts)? {
             Some(token) => Some(token),
             None => config
@@ -353,25 +364,17 @@ impl Auth {
                 .as_deref()
                 .and_then(|name| cookie(parts, name)),
         };
-        let accepts_tokens = {
-            let local = local.read().unwrap_or_else(PoisonError::into_inner);
-            local.secret.is_some() || !local.files.is_empty() || !servers.is_empty()
-        };
         match token {
-            Some(token) if accepts_tokens => self.verify(token).await,
+            Some(token) if self.accepts_tokens() => Ok(Credentials::Token(token.to_owned())),
             _ if config.dev => {
                 let user = query(parts, "user").ok_or_else(|| {
                     Error::Missing("the user is missing; in dev mode add ?user=NAME".to_owned())
                 })?;
                 let user =
                     Name::parse(&user).map_err(|e| Error::Invalid(e.of("the user").to_string()))?;
-                Ok(StreamIdentity {
-                    reader: user.into(),
-                    expiry: None,
-                    framing: FramingChoice::default(),
-                })
+                Ok(Credentials::User(user))
             }
-            None if accepts_tokens => {
+            None if self.accepts_tokens() => {
                 let or = config
                     .cookie
                     .as_ref()
@@ -381,11 +384,31 @@ impl Auth {
                     or.unwrap_or_default()
                 )))
             }
-            _ => Err(Error::Unavailable {
-                what: "this node accepts no tokens",
-                fix: "set auth.jwt_secret, auth.jwt_key_files or auth.jwks_urls",
-            }),
+            _ => Err(NO_TOKENS),
         }
+    }
+
+    /// Checks credentials.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn identify(&self, credentials: &Credentials) -> Result<StreamIdentity, Error> {
+        match credentials {
+            Credentials::Token(token) => self.verify(token).await,
+            Credentials::User(user) if self.0.config.dev => Ok(StreamIdentity {
+                reader: user.clone().into(),
+                expiry: None,
+                framing: FramingChoice::default(),
+            }),
+            // A ticket of a node in dev mode, on the same broker.
+            Credentials::User(_) => Err(NO_TOKENS),
+        }
+    }
+
+    fn accepts_tokens(&self) -> bool {
+        let AuthInner { local, servers, .. } = &*self.0;
+        let local = local.read().unwrap_or_else(PoisonError::into_inner);
+        local.secret.is_some() || !local.files.is_empty() || !servers.is_empty()
     }
 
     /// Checks that the request may publish, change recipients, and read and redrive dead letters.
@@ -622,7 +645,7 @@ mod tests {
         std::sync::LazyLock::new(|| crate::clock::now_ms() / 1_000 + 365 * 24 * 3_600);
 
     impl Auth {
-        fn identify(&self, parts: &Parts) -> Result<StreamIdentity, Error> {
+        fn identify_now(&self, parts: &Parts) -> Result<StreamIdentity, Error> {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .build()
                 .unwrap();
@@ -669,7 +692,7 @@ mod tests {
             token(&serde_json::json!({ "sub": "ann", "exp": *LATER }))
         );
         let identity = auth
-            .identify(&request(
+            .identify_now(&request(
                 "/v1/stream?user=bob",
                 &[("authorization", &bearer)],
             ))
@@ -685,7 +708,7 @@ mod tests {
             )
         );
         assert!(matches!(
-            auth.identify(&request("/v1/stream?user=bob", &[])),
+            auth.identify_now(&request("/v1/stream?user=bob", &[])),
             Err(Error::Missing(_))
         ));
 
@@ -694,7 +717,7 @@ mod tests {
             token(&serde_json::json!({ "sub": "ann", "exp": *LATER }))
         );
         assert_eq!(
-            auth.identify(&request("/v1/stream", &[("cookie", &cookie)]))
+            auth.identify_now(&request("/v1/stream", &[("cookie", &cookie)]))
                 .unwrap()
                 .reader
                 .user
@@ -713,7 +736,7 @@ mod tests {
             let bearer = format!("Bearer {}", token(&all));
             let identity = Auth::new(config, &[])
                 .unwrap()
-                .identify(&request("/", &[("authorization", &bearer)]));
+                .identify_now(&request("/", &[("authorization", &bearer)]));
             identity
                 .map(|identity| identity.reader.claims)
                 .map_err(|error| error.to_string())
@@ -794,7 +817,7 @@ mod tests {
         .unwrap();
         let check = |token: &str, expect: &str| {
             let error = auth
-                .identify(&request(
+                .identify_now(&request(
                     "/",
                     &[("authorization", &format!("Bearer {token}"))],
                 ))
@@ -878,7 +901,7 @@ mod tests {
                 "Bearer {}",
                 token(&serde_json::json!({ "sub": sub, "exp": *LATER }))
             );
-            let identity = auth.identify(&request("/", &[("authorization", &bearer)]));
+            let identity = auth.identify_now(&request("/", &[("authorization", &bearer)]));
             assert_eq!(identity.unwrap().reader.user.as_str(), user);
         }
         for sub in [
@@ -891,7 +914,7 @@ mod tests {
                 "Bearer {}",
                 token(&serde_json::json!({ "sub": sub, "exp": *LATER }))
             );
-            let identity = auth.identify(&request("/", &[("authorization", &bearer)]));
+            let identity = auth.identify_now(&request("/", &[("authorization", &bearer)]));
             assert!(identity.is_err(), "{sub}");
         }
     }
@@ -907,10 +930,10 @@ mod tests {
             ("authorization", bearer.as_str()),
             ("authorization", "Bearer x"),
         ];
-        let error = auth.identify(&request("/", &twice)).unwrap_err();
+        let error = auth.identify_now(&request("/", &twice)).unwrap_err();
         assert!(error.to_string().contains("several Authorization"));
         assert!(auth.authorize_key(&request("/", &twice)).is_err());
-        let error = auth.identify(&request("/", &[])).unwrap_err();
+        let error = auth.identify_now(&request("/", &[])).unwrap_err();
         assert!(error.to_string().contains("cookie 'pointsman'"), "{error}");
     }
 
@@ -964,7 +987,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(
-            auth.identify(&request("/v1/stream?user=%C3%9Clrike", &[]))
+            auth.identify_now(&request("/v1/stream?user=%C3%9Clrike", &[]))
                 .unwrap()
                 .reader
                 .user
@@ -972,10 +995,10 @@ mod tests {
             "Ülrike"
         );
         assert!(
-            auth.identify(&request("/v1/stream?user=a%0Ab", &[]))
+            auth.identify_now(&request("/v1/stream?user=a%0Ab", &[]))
                 .is_err()
         );
-        assert!(auth.identify(&request("/v1/stream", &[])).is_err());
+        assert!(auth.identify_now(&request("/v1/stream", &[])).is_err());
         assert_eq!(auth.authorize_key(&request("/", &[])), Ok(()));
         let (key, text) = Auth::new(&dev, &["0.0.0.0:8080".parse().unwrap()]).unwrap_err();
         assert!(

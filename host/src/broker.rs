@@ -226,6 +226,13 @@ pub trait Users: Partitions {
         seen: Option<&StoredCursor>,
         to: &StoredCursor,
     ) -> Result<bool>;
+
+    /// Stores a ticket, for every node, until it is taken or `ttl` has passed.
+    async fn store_ticket(&self, id: &str, ticket: Bytes, ttl: Duration) -> Result<()>;
+
+    /// Returns and removes a ticket in one step, so that only one caller gets it. `None`: it does
+    /// not exist.
+    async fn take_ticket(&self, id: &str) -> Result<Option<Bytes>>;
 }
 
 /// Checks, statistics, dead letters and decision records, for operators.

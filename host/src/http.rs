@@ -33,7 +33,7 @@ pub use state::{Limits, Settings, State};
 
 use handlers::{
     acks, candidates, dead_letters, decisions, events, explain, export, health, members,
-    notifications, page, plugins, rollouts, stream, users,
+    notifications, page, plugins, rollouts, stream, tickets, users,
 };
 use middleware::{
     bound_addresses, count_refusals, hold_admin_responses, hold_responses, keep_private,
@@ -45,6 +45,7 @@ pub fn routes(state: Arc<State>) -> Router {
     let personal = Router::new()
         .route("/v1/notifications", get(notifications::page))
         .route("/v1/acks", post(acks::acknowledge))
+        .route("/v1/tickets", post(tickets::issue))
         .route(
             "/v1/groups/{group}/members/{user}",
             put(members::join).delete(members::leave).get(members::show),

@@ -284,6 +284,9 @@ test("notifications are read and acknowledged as documented", async () => {
   await ask(415, "POST", "/v1/acks?user=dora", { body: "{}" });
   await ask(400, "GET", "/v1/notifications?user=dora&limit=1001");
   await ask(400, "GET", "/v1/stream?user=dora&devices=all");
+  const { ticket } = await ask(201, "POST", "/v1/tickets?user=dora");
+  assert.deepEqual(await names(1, `ticket=${ticket}`), ["cursor"]);
+  await ask(401, "GET", `/v1/stream?ticket=${ticket}`);
   await ask(403, "GET", "/v1/stream?user=dora&device=laptop", { headers: { origin: "https://elsewhere.example" } });
 });
 

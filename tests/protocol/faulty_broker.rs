@@ -425,6 +425,14 @@ impl Users for Puppet {
         )
         .await
     }
+
+    async fn store_ticket(&self, id: &str, ticket: Bytes, ttl: Duration) -> Result<()> {
+        self.broker.store_ticket(id, ticket, ttl).await
+    }
+
+    async fn take_ticket(&self, id: &str) -> Result<Option<Bytes>> {
+        self.broker.take_ticket(id).await
+    }
 }
 
 #[async_trait]

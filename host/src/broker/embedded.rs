@@ -72,6 +72,7 @@ mod rollouts;
 mod source;
 mod store;
 mod sweep;
+mod tickets;
 mod work;
 mod writer;
 
@@ -108,6 +109,7 @@ pub struct Embedded {
     leases: Mutex<HashMap<PartitionNumber, (String, Instant)>>,
     /// The reports of nodes; there is only one.
     reports: Mutex<BTreeMap<String, StoredReport>>,
+    tickets: Mutex<tickets::Tickets>,
 }
 
 /// State shared by the writer, the readers and the feeds.
@@ -233,6 +235,7 @@ impl Embedded {
             writer,
             leases: Mutex::default(),
             reports: Mutex::default(),
+            tickets: Mutex::default(),
         })
     }
 
@@ -536,6 +539,14 @@ impl Users for Embedded {
             })
             .await
     }
+
+    async fn store_ticket(&self, id: &str, ticket: Bytes, ttl: Duration) -> Result<()> {
+        self.tickets().store(id, ticket, ttl)
+    }
+
+    async fn take_ticket(&self, id: &str) -> Result<Option<Bytes>> {
+        Ok(self.tickets().take(id))
+    }
 }
 
 #[async_trait]
@@ -681,6 +692,10 @@ impl Rollouts for Embedded {
 }
 
 impl Embedded {
+    fn tickets(&self) -> MutexGuard<'_, tickets::Tickets> {
+        self.tickets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn reports(&self) -> MutexGuard<'_, BTreeMap<String, StoredReport>> {
         self.reports.lock().unwrap_or_else(PoisonError::into_inner)
     }

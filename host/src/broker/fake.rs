@@ -279,6 +279,14 @@ impl Users for FakeBroker {
         }
         Ok(is_seen)
     }
+
+    async fn store_ticket(&self, _: &str, _: Bytes, _: Duration) -> Result<()> {
+        unused()
+    }
+
+    async fn take_ticket(&self, _: &str) -> Result<Option<Bytes>> {
+        unused()
+    }
 }
 
 #[async_trait]

@@ -30,6 +30,7 @@
 //! | `P:rollouts` | hash | The roll-outs: plugin -> [`crate::broker::Rollout`] as JSON; the empty name -> the revision, which grows with every write |
 //! | `P:report:<node>` | string | The report of a node as JSON. Expires after 10 s |
 //! | `P:user:<user>` | hash | `attributes` as JSON; `g:<group>`: `number:joined ...`, after leaving `number:joined-left ... @ms`; `joined` and `left`, the numbers of both; `pruned`, when expired ones were last removed, in ms. Without attributes and current memberships, expires max_age after the last change |
+//! | `P:ticket:<id>` | string | A one-time ticket under a hash of it: the credentials behind it, encrypted with it. Expires after 30 s |
 //! | `P:device-cursors:{P:user:<user>}` | hash | `d:<device>` and `read`: `ms a cursor` if acknowledged, `ms b cursor` if a stream began there; `ms` is the time of the last move. In the slot of the user's other key, unless the name contains braces. Expires with its newest entry |
 //!
 //! | Channel | Message |
@@ -99,6 +100,7 @@ mod recipients;
 pub mod resp;
 mod rollouts;
 mod scripts;
+mod tickets;
 
 use super::clock::{BrokerClock, Sent};
 pub(crate) use command_connection::DEADLINE;
@@ -717,6 +719,14 @@ impl Users for Redis {
         to: &StoredCursor,
     ) -> Result<bool> {
         device_cursors::change(self, user, which, seen, to).await
+    }
+
+    async fn store_ticket(&self, id: &str, ticket: Bytes, ttl: Duration) -> Result<()> {
+        tickets::store(self, id, &ticket, ttl).await
+    }
+
+    async fn take_ticket(&self, id: &str) -> Result<Option<Bytes>> {
+        tickets::take(self, id).await
     }
 }
 

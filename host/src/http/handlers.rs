@@ -15,4 +15,5 @@ pub(super) mod page;
 pub(super) mod plugins;
 pub(super) mod rollouts;
 pub(super) mod stream;
+pub(super) mod tickets;
 pub(super) mod users;

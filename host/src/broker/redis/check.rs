@@ -217,6 +217,7 @@ fn partition_commands(prefix: &Prefix, keys: &PartitionKeys) -> Vec<String> {
 fn shared_commands(prefix: &Prefix) -> Vec<String> {
     let (numbers, nodes) = (&prefix.numbers()[..], &prefix.nodes()[..]);
     let (rollouts, report) = (&prefix.rollouts()[..], &prefix.report("x")[..]);
+    let ticket = &prefix.ticket("x")[..];
     let (user, cursors) = (
         &format!("{prefix}:user:x")[..],
         &format!("{prefix}:device-cursors:x")[..],
@@ -248,6 +249,8 @@ fn shared_commands(prefix: &Prefix) -> Vec<String> {
         &["HDEL", rollouts, "f"],
         &["SET", report, "v", "PX", "1"],
         &["GETRANGE", report, "0", "1"],
+        &["SET", ticket, "v", "PX", "1"],
+        &["GETDEL", ticket],
     ]
     .map(|words| words.join("\n"))
     .into()

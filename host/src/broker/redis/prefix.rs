@@ -84,6 +84,7 @@ impl Prefix {
             let of_others = [
                 format!("{self}:user:"),
                 format!("{self}:device-cursors:"),
+                self.ticket(""),
                 self.report(""),
             ];
             let is_of_others = |key: &str| of_others.iter().any(|own| key.starts_with(own));
@@ -146,6 +147,11 @@ impl Prefix {
     /// The key of a user's attributes and memberships.
     pub(super) fn user(&self, user: &Name) -> String {
         format!("{self}:user:{user}")
+    }
+
+    /// The key of a ticket.
+    pub(super) fn ticket(&self, id: &str) -> String {
+        format!("{self}:ticket:{id}")
     }
 
     /// The key of a user's device cursors. The hash tag places it in the slot of

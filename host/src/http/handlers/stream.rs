@@ -27,6 +27,7 @@ use crate::event::{Name, Priority};
 use crate::server::{AddressRefusal, Connection};
 use crate::telemetry::metrics::ReasonLabel;
 
+use super::tickets;
 use crate::http::extract::{Parameters, Query};
 use crate::http::{ApiError, State, cors};
 
@@ -82,8 +83,9 @@ impl Selection {
 }
 
 /// The query parameters of a stream.
-const KNOWN: [&str; 8] = [
+const KNOWN: [&str; 9] = [
     "user",
+    "ticket",
     "device",
     "devices",
     "last_event_id",
@@ -205,8 +207,13 @@ async fn begin(
         device,
         framing,
     } = wanted;
-    let identity = match state.auth().stream_identity(parts).await {
-        Ok(identity) => identity,
+    let identified = match parameters.last(|name| name == "ticket") {
+        None => state.auth().stream_identity(parts).await.map(Some),
+        Some(ticket) => tickets::redeem(state, ticket).await,
+    };
+    let identity = match identified {
+        Ok(Some(identity)) => identity,
+        Ok(None) => return Ok(refuse(state, "unavailable")),
         Err(auth::Error::Expired) => return Ok(refuse(state, TOKEN_EXPIRED)),
         Err(auth::Error::KeysUnavailable) => return Ok(refuse(state, "unavailable")),
         Err(error) => return Err(error.into()),
