@@ -3,6 +3,7 @@
 //! `tests/publishers.rs`.
 
 use std::fs;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -12,7 +13,7 @@ use crate::harness::eventually;
 use crate::harness::node::{Builder, Folder, Node};
 use crate::harness::publish::event;
 use crate::harness::redis::RedisServer;
-use crate::harness::sse::Stream;
+use crate::harness::sse::{Request, Stream};
 
 /// Time limit of whatever should happen at once, on a loaded machine.
 const SOON: Duration = Duration::from_secs(60);
@@ -166,6 +167,35 @@ fn a_shutdown_appends_what_was_published_and_hands_over() {
     assert_eq!(two.metric("pointsman_bridge_takeovers_total"), 0.0);
 }
 
+/// The node is suspended while messages are published, so that its first step afterwards finds both
+/// them and the signal.
+#[test]
+fn a_shutdown_appends_the_messages_that_wait_in_the_connection() {
+    let server = RedisServer::start();
+    let mut node = node_with(&server, BY_USER).start();
+    await_listening(&node);
+    node.signal("STOP");
+    let pad = "x".repeat(4_000);
+    for n in 1..=500 {
+        let message = json!({ "n": n, "pad": pad }).to_string();
+        assert_eq!(publish(&server, "user:42", message), 1);
+    }
+    // Continues it when `terminate` has sent its signal. If that is late, the test still holds.
+    let script = format!("sleep 0.3; kill -s CONT {}", node.pid());
+    let mut waker = Command::new("sh")
+        .args(["-c", &script])
+        .spawn()
+        .expect("run sh");
+    assert!(node.terminate(SOON).success());
+    waker.wait().expect("wait for sh");
+    node.restart();
+    let request = Request::new(node.addr(), "user=42&last_event_id=earliest");
+    let mut stream = request.open(SOON).expect("open a stream");
+    for n in 1..=500 {
+        assert_eq!(stream.next_notification(SOON).data["n"], n);
+    }
+}
+
 #[test]
 fn hostile_messages_are_counted_and_the_next_message_is_delivered() {
     let server = RedisServer::start();
@@ -280,6 +310,31 @@ fn a_missing_right_makes_the_node_unready_with_the_command_that_grants_it() {
     let mut stream = node.stream("42");
     publish(&server, "user:42", "1");
     assert_eq!(next_number(&mut stream), 1);
+}
+
+/// The first node gets the lease, and its user may not subscribe.
+#[test]
+fn a_node_that_cannot_subscribe_leaves_the_bridge_to_another_one() {
+    let server = RedisServer::start();
+    let () = server.command("ACL SETUSER app on >secret ~pointsman:* &pointsman:* +@all");
+    let config = format!("{LEAN}{BY_USER}");
+    let one = Node::builder()
+        .redis(format!("redis://app:secret@127.0.0.1:{}/", server.port()))
+        .config(&config)
+        .may_be_unready()
+        .start();
+    eventually(SOON, "it has the lease", || {
+        let ready = one.admin("/readyz").body;
+        ready
+            .contains("note: bridges.user:*: this node")
+            .then_some(())
+    });
+    let two = Node::builder().redis(server.url()).config(&config).start();
+    await_listening(&two);
+    let mut stream = two.stream("42");
+    publish(&server, "user:42", "1");
+    assert_eq!(next_number(&mut stream), 1);
+    assert!(!is_listening(&one));
 }
 
 #[test]
