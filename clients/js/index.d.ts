@@ -95,8 +95,11 @@ export class Connection<Data = unknown> {
   readonly position: string;
   /** Moves the user's read marker to an id, by default to everything shown. Rejects if it is not stored. */
   markRead(id?: string): Promise<void>;
-  /** Ends the connection of this tab; no handler is called afterwards. */
-  close(): void;
+  /**
+   * Ends the connection of this tab; no handler is called afterwards. Resolves when the node has
+   * answered the last acknowledgement, if there was one.
+   */
+  close(): Promise<void>;
 }
 
 /**

@@ -85,13 +85,14 @@ export class Connection {
     if (status !== 204) throw new Error(`the read marker is not stored: status ${status}`);
   }
 
-  close() {
+  async close() {
     if (this.#state === 'closed') return;
-    this.#leave();
+    const acknowledged = this.#leave();
     this.#become('closed');
     clearInterval(this.#timer);
     this.#events.abort();
     this.#channel?.close();
+    await acknowledged;
   }
 
   // --- tabs
@@ -123,7 +124,7 @@ export class Connection {
     this.#turn?.abort();
     this.#attempt?.abort();
     this.#wake?.();
-    if (this.#owed) this.#acknowledgeNow();
+    return this.#owed && this.#acknowledgeNow();
   }
 
   #tick() {

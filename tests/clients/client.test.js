@@ -165,7 +165,7 @@ test("an expired token is renewed by the callback, and acknowledgements use it",
   const page = await fetch(`${node.url}/v1/notifications`, { headers: { Authorization: `Bearer ${tokenOf("ada")}` } });
   assert.equal((await page.json()).unread.count, 0);
   // A device without a stored position resumes at its acknowledgement.
-  connection.close();
+  await connection.close();
   await node.publish("ada", 4);
   await shows(follow(t, `${node.url}/v1/stream`, { user: "ada", token, device: "laptop", storage: null }), [4]);
 });
