@@ -241,7 +241,7 @@ fn bad_entries() -> Vec<(Fields, &'static str)> {
             "the user contains the control character U+000A",
         ),
         (
-            document(r#"{"type":"t","users":["42",43]}"#),
+            document(r#"{"type":"t","users":["42",4.5]}"#),
             "use comma-separated names",
         ),
         (
