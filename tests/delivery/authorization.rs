@@ -735,3 +735,26 @@ fn dev_mode_refuses_addresses_other_than_loopback_with_exit_code_64() {
         );
     }
 }
+
+#[test]
+fn a_number_in_a_token_is_a_user_and_a_group() {
+    let node = node();
+    let claims = json!({ "sub": 42, "groups": [7], "exp": in_s(3600) });
+    let token = signed("HS256", hmac::HMAC_SHA256, SECRET, &claims);
+    let mut stream = stream(&node, &token, "", "");
+    let headers = [
+        ("authorization", &*format!("Bearer {KEY}")),
+        ("content-type", "application/json"),
+    ];
+    for body in [
+        r#"{"type":"t","id":"user","user":42}"#,
+        r#"{"type":"t","id":"users","users":[41,42]}"#,
+        r#"{"type":"t","id":"group","group":7}"#,
+    ] {
+        let answer = node.send("POST", "/v1/events", &headers, body.as_bytes());
+        assert_eq!(answer.status, 202, "{answer:?}");
+    }
+    for id in ["user", "users", "group"] {
+        assert_eq!(stream.next_notification(SOON).id, id);
+    }
+}
