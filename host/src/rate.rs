@@ -19,7 +19,7 @@ impl Rate {
     }
 }
 
-/// The remainder of a rate.
+/// The rest of a rate.
 #[derive(Clone, Copy, Debug)]
 pub struct Bucket {
     rate: Rate,

@@ -188,7 +188,7 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(4096)
 }
 
-/// The parts that the connections of a listener share.
+/// The state that the connections of a listener share.
 #[derive(Clone)]
 struct Service {
     tls: Option<Tls>,

@@ -39,7 +39,7 @@ for (const mode of [Mode.STRUCTURED, Mode.BINARY]) {
       const answer = await emitter(mode, coding, compress)(event);
       assert.equal(answer.status, 202, await answer.text());
       const { id: _id, priority, by, to, ...read } = (await notifications()).find((one) => one.id === id);
-      // Each line is an event again.
+      // The notification is an event again.
       const again = new CloudEvent({ id, ...read });
       assert.deepEqual([again.source, again.subject, again.dataschema, again.datacontenttype, again.data], [source, "a/b", dataschema, "application/json", { text: "zwölf" }]);
       assert.deepEqual([priority, by, to], ["normal", "address", `u:${user}`]);

@@ -467,7 +467,7 @@ fn a_publisher_that_prefers_a_minimal_response_gets_204_without_a_body() {
             .status,
         202
     );
-    // All messages are sent.
+    // A refusal is reported in any case.
     let partly = body(&json!([of("e"), { "id": "no type" }]));
     let answer = node.send("POST", "/v1/events", &[BATCH, minimal], &partly);
     assert_eq!(

@@ -131,7 +131,7 @@ pub struct TokenExpiry {
     pub ends_ms: u64,
 }
 
-/// What happens when a user opens more than `max_open_per_user` streams.
+/// The stream that is closed when a user opens more than `max_open_per_user`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum UserLimit {

@@ -113,7 +113,7 @@ pub struct State {
     pub(super) publishing: Semaphore,
     /// The order in which large publish requests are appended.
     pub(super) turns: Turns,
-    /// The remaining share of `limits.publish_rate`.
+    /// The rest of `limits.publish_rate`.
     pub(super) publish_rate: Option<Mutex<Bucket>>,
     /// Bounds the dry runs, which take none of the places of publish requests.
     pub(super) dry_running: Semaphore,

@@ -61,7 +61,7 @@ pub enum AddressRefusal {
     TooFast(Duration),
 }
 
-/// The remainders of the rates of recent addresses.
+/// The rest of the rates of the addresses that came recently.
 #[derive(Debug, Default)]
 struct Recent {
     buckets: HashMap<IpAddr, Bucket>,
