@@ -36,7 +36,7 @@ demo:
 test:
 	$(call estimate,debug/deps,about 22 minutes: 8 to compile and 14 to run,14 minutes and compiling what changed)
 	rustup target add wasm32-unknown-unknown wasm32-wasip2
-	scripts/need.sh redis-server curl faketime node chromium firefox nginx openssl python
+	scripts/need.sh redis-server curl faketime openssl node chromium firefox nginx haproxy caddy apache varnish hitch python
 	@echo "make test: building the host and the tests"
 	cargo test $(LOCKED) --workspace --no-run
 	@echo "make test: running the tests; the first ones build and compile plugins"

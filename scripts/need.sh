@@ -1,6 +1,7 @@
 #!/bin/sh
 # Ensures that tools are installed: need.sh TOOL...
-# TOOL is curl, redis-server, faketime, chromium, firefox, nginx, openssl, node or python (3, with venv).
+# TOOL is curl, redis-server, faketime, openssl, chromium, firefox, nginx, haproxy, caddy, apache,
+# varnish, hitch, node or python (3, with venv).
 #
 # Installs missing tools with apt. If Debian's node is too old for the client libraries under test
 # (they require 20), it installs a newer one with npm into build/tools, where tests/clients.rs looks
@@ -59,13 +60,19 @@ for tool in "$@"; do
     redis-server) has redis-server || apt_install redis-server ;;
     curl) has curl || apt_install curl ;;
     faketime) has faketime || apt_install faketime ;;
+    openssl) has openssl || apt_install openssl ;;
     chromium) has chromium || apt_install chromium ;;
     firefox) has firefox-esr || apt_install firefox-esr ;;
-    # Debian installs nginx where only root has it in PATH.
+    # Debian installs servers where only root has them in PATH.
     nginx) has nginx || [ -x /usr/sbin/nginx ] || apt_install nginx-light ;;
-    openssl) has openssl || apt_install openssl ;;
+    haproxy) has haproxy || [ -x /usr/sbin/haproxy ] || apt_install haproxy ;;
+    caddy) has caddy || apt_install caddy ;;
+    # Without the package apache2, which starts a server on port 80.
+    apache) has apache2 || [ -x /usr/sbin/apache2 ] || apt_install apache2-bin ;;
+    varnish) has varnishd || [ -x /usr/sbin/varnishd ] || apt_install varnish ;;
+    hitch) has hitch || [ -x /usr/sbin/hitch ] || apt_install hitch ;;
     node) need_node ;;
     python) need_python ;;
-    *) fail "unknown tool '$tool'; use redis-server, curl, faketime, chromium, firefox, nginx, openssl, node or python" ;;
+    *) fail "unknown tool '$tool'; use redis-server, curl, faketime, openssl, chromium, firefox, nginx, haproxy, caddy, apache, varnish, hitch, node or python" ;;
     esac
 done

@@ -1,9 +1,8 @@
 //! Clients: the package `clients/js`, npm and PyPI libraries and two browsers. The tests themselves
 //! are in `clients/*.test.js` and `clients/*_test.py`.
 //!
-//! They need Node 20 or newer, npm, Chromium, Firefox, nginx and Python 3 with venv; `make test`
-//! installs them
-//! (`scripts/need.sh`).
+//! They need Node 20 or newer, npm, Chromium, Firefox, Python 3 with venv, openssl and the proxies of
+//! `docs/proxies.md`; `make test` installs them (`scripts/need.sh`).
 
 use std::fs;
 use std::path::PathBuf;
@@ -11,6 +10,7 @@ use std::process::{Command, Output};
 use std::sync::{Once, OnceLock};
 
 use crate::harness::node::Node;
+use crate::harness::redis::RedisServer;
 use crate::harness::{
     bundled_plugins, compiled_plugins, demo_plugins, node_interpreter, ports, repository, seed,
 };
@@ -219,6 +219,12 @@ fn a_python_client_generated_from_the_document_publishes_and_reads() {
 #[test]
 fn each_library_with_the_lines_of_its_document_shows_each_notification_once() {
     run_with_nodes("matrix.test.js");
+}
+
+#[test]
+fn streams_pass_each_documented_proxy_through_kills_drains_and_absent_nodes() {
+    let redis = RedisServer::start();
+    run_with_nodes_and("proxies.test.js", &[("POINTSMAN_TEST_REDIS", &redis.url())]);
 }
 
 /// `LONG=1` makes it 200 interruptions.

@@ -12,7 +12,7 @@ import { extname, join } from "node:path";
 import { eventually } from "./eventually.js";
 
 const SECRET = "a secret of at least thirty-two bytes";
-const KEY = "a key of publishers";
+export const KEY = "a key of publishers";
 
 /** Ports that tests/harness/ports.rs reserved for this process. */
 const ports = (process.env.POINTSMAN_PORTS ?? "").split(",").filter(Boolean).map(Number);
@@ -37,24 +37,25 @@ export async function folder(t) {
   return path;
 }
 
-/** A token of a user that expires after `life` seconds. */
-export function tokenOf(user, life = 3_600) {
+/** A token of a user that expires after `life` seconds, with further claims. */
+export function tokenOf(user, life = 3_600, more = {}) {
   const part = (value) => Buffer.from(JSON.stringify(value)).toString("base64url");
-  const head = `${part({ alg: "HS256", typ: "JWT" })}.${part({ sub: user, exp: Math.floor(Date.now() / 1_000) + life })}`;
+  const head = `${part({ alg: "HS256", typ: "JWT" })}.${part({ sub: user, exp: Math.floor(Date.now() / 1_000) + life, ...more })}`;
   return `${head}.${createHmac("sha256", SECRET).update(head).digest("base64url")}`;
 }
 
 /**
- * A node in a process of its own, with stored data. In production mode it takes the tokens of
- * `tokenOf`, also in the cookie `token`. `more` is TOML below `[stream]`.
+ * A node in a process of its own, with stored data or with the Redis of this URL. In production mode
+ * it takes the tokens of `tokenOf`, also in the cookie `token`. `listen` is TOML below `[listen]`,
+ * `more` below `[stream]`.
  */
-export async function startNode(t, { origins = [], isProduction = false, more = "" } = {}) {
+export async function startNode(t, { origins = [], isProduction = false, redis = null, listen = "", more = "" } = {}) {
   const [home, port, admin] = [await folder(t), await freePort(), await freePort()];
   const auth = isProduction ? `[auth]\njwt_secret = "${SECRET}"\napi_key = "${KEY}"\ncookie = "token"\nleeway = "0s"\n` : "";
-  const config = `[listen]\norigins = ${JSON.stringify(origins)}\nshutdown_grace = "1s"\n${auth}[stream]\nretry = "300ms"\nheartbeat_interval = "1s"\n${more}`;
+  const config = `[listen]\norigins = ${JSON.stringify(origins)}\nshutdown_grace = "1s"\n${listen}\n${auth}[stream]\nretry = "300ms"\nheartbeat_interval = "1s"\n${more}`;
   await writeFile(join(home, "pointsman.toml"), config);
   const log = openSync(join(home, "node.log"), "a");
-  const options = ["--listen", `127.0.0.1:${port}`, "--admin", `127.0.0.1:${admin}`, "--data", join(home, "data"), "--config", join(home, "pointsman.toml"), "--plugins", process.env.POINTSMAN_PLUGINS, ...(isProduction ? [] : ["--dev"])];
+  const options = ["--listen", `127.0.0.1:${port}`, "--admin", `127.0.0.1:${admin}`, ...(redis ? ["--redis", redis] : ["--data", join(home, "data")]), "--config", join(home, "pointsman.toml"), "--plugins", process.env.POINTSMAN_PLUGINS, ...(isProduction ? [] : ["--dev"])];
   // The environment of the person who runs the tests must not configure the node.
   const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !name.startsWith("POINTSMAN_")));
   env.POINTSMAN_PLUGINS_CACHE = process.env.POINTSMAN_CACHE;
