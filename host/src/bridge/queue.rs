@@ -14,7 +14,7 @@ use crate::broker::ChannelMessage;
 
 /// Bytes of all messages in a queue.
 const MAX_BYTES: usize = 8 * 1024 * 1024;
-/// The bytes that a message counts for in addition to its content.
+/// Bytes for which a message counts in addition to its content.
 const MESSAGE_BYTES: usize = 256;
 /// How long a full queue holds its sender back.
 const PATIENCE: Duration = Duration::from_secs(1);

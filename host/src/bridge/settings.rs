@@ -265,7 +265,7 @@ impl Bridge {
         &self.append_to
     }
 
-    /// Its requirements of Redis.
+    /// The access that it needs in Redis.
     pub fn access(&self) -> BridgeAccess {
         BridgeAccess {
             bridge: self.name.to_string(),

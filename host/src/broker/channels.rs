@@ -33,7 +33,7 @@ impl Channel {
     }
 }
 
-/// The rights that a bridge needs in Redis, checked beforehand.
+/// The access that a bridge needs in Redis, so that it can be checked before it is needed.
 #[derive(Clone, Debug)]
 pub struct BridgeAccess {
     /// The name of the bridge.

@@ -132,7 +132,7 @@ pub struct Redis {
     keys: Vec<PartitionKeys>,
     retention: Retention,
     clock: BrokerClock,
-    /// The rights that the bridges need, for the check.
+    /// The access that the bridges need, for the check of rights.
     bridges: Vec<BridgeAccess>,
     /// The address from which this machine reaches Redis.
     local_ip: std::net::IpAddr,

@@ -251,7 +251,7 @@ fn refused(why: &[u8]) -> Error {
 #[async_trait]
 impl Subscription for ChannelConnection {
     async fn next(&mut self) -> Result<Vec<ChannelMessage>> {
-        // Messages that arrived with the confirmation of the subscription.
+        // Messages that arrived together with the confirmation of the subscription.
         let early = self.take()?;
         if !early.is_empty() || self.is_drained {
             return Ok(early);
@@ -262,7 +262,7 @@ impl Subscription for ChannelConnection {
             let (probe_at, lost_at) = (self.next_probe, self.unanswered.map(|at| at + DEADLINE));
             let wake_at = lost_at.map_or(probe_at, |lost_at| lost_at.min(probe_at));
             tokio::select! {
-                // Received messages count before the deadline: the socket was not read meanwhile.
+                // Received bytes count before the deadline: the socket was not read meanwhile.
                 biased;
                 read = self.connection.read() => {
                     read?;

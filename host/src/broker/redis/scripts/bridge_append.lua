@@ -9,7 +9,7 @@ local first, n = tonumber(ARGV[OWN + 2]), tonumber(ARGV[OWN + 3])
 require_rights({{'XADD', S, '*', 'f', 'v'}, {'HMGET', key, 'f'}, {'HSET', key, 'f', 'v'}})
 local held = call('HMGET', key, 'session', 'seq')
 if held[1] ~= session then return {'lost', 0} end
--- The entries that an earlier attempt at this call appended, whose answer was lost.
+-- An earlier attempt at this call, whose answer was lost, appended this many.
 local done = tonumber(held[2])
 if done >= first + n - 1 then return {'done', 0} end
 local waiting = backlog()
