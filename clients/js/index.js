@@ -51,6 +51,8 @@ export class Connection {
     if (!user) throw new TypeError('the user is missing; pass options.user, under which the position is stored');
     const device = this.#options.device;
     if (device) this.#at.searchParams.set('device', device);
+    // The node or the token may choose the data alone.
+    this.#at.searchParams.set('format', 'notification');
     this.#name = `pointsman ${user} ${this.#at}`;
     if (signal?.aborted) return void (this.#state = 'closed');
     if (shared && globalThis.navigator?.locks && globalThis.BroadcastChannel) {
