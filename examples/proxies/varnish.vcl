@@ -2,7 +2,7 @@
 # line. Varnish caches nothing of Pointsman; this is for sites that have Varnish in front already.
 #
 # varnishd -f /etc/varnish/varnish.vcl -a 127.0.0.1:6086,PROXY -p feature=+http2
-#   -p http_req_hdr_len=40k -p http_req_size=64k -p workspace_client=192k -p workspace_backend=192k
+#   -p http_req_hdr_len=40k -p http_req_size=64k
 #
 # Change: the addresses of the nodes.
 # In pointsman.toml: listen.trusted_proxies = ["ADDRESS OF THIS MACHINE", "127.0.0.1"]

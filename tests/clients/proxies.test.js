@@ -100,6 +100,7 @@ class Proxy {
       const answer = (stream, status, headers) => resolve(new Response(Readable.toWeb(stream), { status, headers }));
       if (version === 2) {
         const session = http2.connect(url.origin, options).once("error", reject);
+        session.once("connect", () => session.alpnProtocol === "h2" || reject(new Error(`${this.name} has not negotiated HTTP/2`)));
         const stream = session.request({ ":method": method, ":path": url.pathname + url.search, ...headers }, { signal });
         stream.once("error", reject).once("close", () => session.destroy());
         stream.once("response", (all) => answer(stream, all[":status"], Object.fromEntries(Object.entries(all).filter(([name]) => !name.startsWith(":")))));
@@ -290,7 +291,7 @@ test("each documented proxy carries streams through all that nodes do", { timeou
     for (const [name, counts] of trips) {
       // A proxy that delays frames delays all of them.
       const fewest = Math.min(...Array.from({ length: 9 }, (_, i) => counts[i + 1] ?? 0));
-      assert.ok(fewest < 10, `${name}: each frame took ${fewest} round trips more than directly`);
+      assert.ok(fewest < 4, `${name}: each frame took ${fewest} round trips more than directly`);
     }
     direct.close();
     more.close();
@@ -313,7 +314,7 @@ test("each documented proxy carries streams through all that nodes do", { timeou
 
   await t.test("a token of 32 KiB in a cookie and a batch of 4 MiB pass", async () => {
     await Promise.all(proxies.map(async (proxy) => {
-      const token = tokenOf("ada", 3_600, { pad: "x".repeat(24_000) });
+      const token = tokenOf("ada", 3_600, { pad: "x".repeat(24_420) });
       assert.ok(token.length > 32_000 && token.length < 32_768);
       for (const version of [1, 2]) {
         const answer = await proxy.fetch(version)("/v1/notifications", { headers: { Cookie: `token=${token}` } });
