@@ -13,9 +13,9 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Json;
-use axum::body::Body;
-use axum::extract;
+use axum::extract::{self, Request};
 use axum::http::header::CONTENT_TYPE;
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
@@ -83,9 +83,9 @@ pub(in crate::http) async fn publish(
     room: ResponseRoom,
     reader: BodyReader,
     ClientAddress(client): ClientAddress,
-    headers: HeaderMap,
-    body: Body,
+    request: Request,
 ) -> Result<Response, ApiError> {
+    let (Parts { headers, .. }, body) = request.into_parts();
     if !options.dry_run {
         check_rate(&state)?;
     }
