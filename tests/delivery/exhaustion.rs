@@ -229,6 +229,32 @@ fn unfinished_bodies_hold_bounded_memory_and_small_events_are_published() {
     }
 }
 
+/// Requests that held a part of their room while they wait for the rest would all wait for one
+/// another.
+#[test]
+fn large_requests_at_the_same_time_have_room_one_after_another() {
+    let config = format!(
+        "{LEAN}[limits]\npublish_wait = \"60s\"\nbody_bytes = {}\n",
+        8 * MIB
+    );
+    let node = Node::builder().config(&config).start();
+    let posting: Vec<_> = (0..6)
+        .map(|n| {
+            let publisher = node.publisher();
+            let event = |m: usize| {
+                let more = json!({ "user": "42", "data": "x".repeat(200 * KIB) });
+                event(&format!("{n}-{m}"), "t", more)
+            };
+            let batch: Vec<Value> = (0..18).map(event).collect();
+            std::thread::spawn(move || publisher.publish(&batch))
+        })
+        .collect();
+    for request in posting {
+        request.join().expect("every request is stored");
+    }
+    node.await_outcomes(6 * 18, SOON);
+}
+
 /// A dry run with a slow plugin.
 #[test]
 fn dry_runs_do_not_keep_publishers_out() {

@@ -107,10 +107,17 @@ impl BodyReader {
             stall: limits.body_stall_timeout,
         };
         let mut charge = Charge::default();
+        // The bound of what a compressed body inflates to; otherwise what its head announces.
+        let announced = body
+            .size_hint()
+            .upper()
+            .filter(|_| coding == Coding::Identity);
+        let n_expected = announced.map_or(max, |n| usize::try_from(n).unwrap_or(max).min(max));
         let mut room = Room {
             budget: &self.state.bodies,
             share: self.share.as_ref(),
             wait: limits.publish_wait,
+            n_expected,
             charge: &mut charge,
         };
         let mut bytes = read(body, max, timeouts, Some(&mut room)).await?;
@@ -118,6 +125,7 @@ impl BodyReader {
             let n_charged = bytes.len();
             bytes = inflate(compressed, coding, n_charged, max, &mut room).await?;
         }
+        charge.release_rest();
         Ok(HeldBody {
             bytes,
             _charge: charge,
@@ -131,12 +139,16 @@ pub(super) struct Room<'a> {
     budget: &'a BodyBudget,
     share: Option<&'a Arc<Semaphore>>,
     wait: Duration,
+    /// The most bytes that the body will have.
+    n_expected: usize,
     charge: &'a mut Charge,
 }
 
 impl Room<'_> {
     async fn add(&mut self, n_bytes: usize) -> Result<(), ApiError> {
-        let added = self.charge.add(n_bytes, self.budget, self.share);
+        let added = self
+            .charge
+            .add(n_bytes, self.n_expected, self.budget, self.share);
         let added = tokio::time::timeout(self.wait, added).await;
         added.map_err(|_| {
             let error =
@@ -147,16 +159,37 @@ impl Room<'_> {
 }
 
 /// The bytes charged for one body.
+///
+/// Beyond its first bytes, a body takes the room for all of it at once and in its turn: bodies that
+/// held a part of their room while they wait for the rest could all wait for one another.
 #[derive(Debug, Default)]
 struct Charge {
     n_bytes: usize,
+    /// The bytes that `held` has room for.
+    n_room: usize,
     /// Of the connection's share, of the first bytes and of the rest.
     held: [Option<OwnedSemaphorePermit>; 3],
 }
 
 impl Charge {
-    async fn add(&mut self, n: usize, budget: &BodyBudget, share: Option<&Arc<Semaphore>>) {
-        let n_first = FIRST_BYTES.saturating_sub(self.n_bytes).min(n);
+    async fn add(
+        &mut self,
+        n_bytes: usize,
+        n_expected: usize,
+        budget: &BodyBudget,
+        share: Option<&Arc<Semaphore>>,
+    ) {
+        self.n_bytes += n_bytes;
+        if self.n_bytes <= self.n_room {
+            return;
+        }
+        let n_total = if self.n_bytes <= FIRST_BYTES {
+            self.n_bytes
+        } else {
+            self.n_bytes.max(n_expected)
+        };
+        let n = n_total - self.n_room;
+        let n_first = FIRST_BYTES.saturating_sub(self.n_room).min(n);
         // The share first: a body that waits for it must not hold bytes of the node meanwhile.
         let of = [
             (share, n),
@@ -176,7 +209,20 @@ impl Charge {
                 }
             }
         }
-        self.n_bytes += n;
+        self.n_room = n_total;
+    }
+
+    /// Gives back the room that the body did not need.
+    fn release_rest(&mut self) {
+        let mut n_surplus = self.n_room - self.n_bytes;
+        self.n_room = self.n_bytes;
+        let [share, first, rest] = &mut self.held;
+        drop(share.as_mut().and_then(|held| held.split(n_surplus)));
+        for held in [rest, first].into_iter().flatten() {
+            let n = held.num_permits().min(n_surplus);
+            drop(held.split(n));
+            n_surplus -= n;
+        }
     }
 }
 
@@ -201,7 +247,7 @@ pub(super) async fn read(
     let too_large = || ApiError::too_large(format!("the body is larger than {max} bytes"));
     let mut is_too_large = body.size_hint().lower() > max as u64;
     let (mut bytes, mut n_discarded) = (BytesMut::new(), 0);
-    let deadline = Instant::now() + timeouts.total;
+    let mut deadline = Instant::now() + timeouts.total;
     let mut stall_deadline = Instant::now() + timeouts.stall;
     // An oversized body is drained: a client that is still sending when the connection closes sees a
     // broken pipe instead of the response.
@@ -234,11 +280,13 @@ pub(super) async fn read(
             bytes = BytesMut::new();
             n_discarded += data.len();
         } else {
+            let arrived = Instant::now();
             if let Some(room) = &mut room {
                 room.add(data.len()).await?;
             }
             bytes.extend_from_slice(&data);
             // The time spent waiting for room is not the client's.
+            deadline += arrived.elapsed();
             stall_deadline = Instant::now() + timeouts.stall;
         }
     }
