@@ -180,6 +180,7 @@ macro_rules! suite {
                 tickets: [a_ticket_is_taken_once_by_any_node_or_expires];
                 rollouts: [
                     a_rollout_is_the_last_one_written_on_every_node,
+                    a_rollout_is_replaced_only_while_it_is_the_one_that_was_read,
                     a_node_reads_the_last_report_of_every_node,
                 ];
             );

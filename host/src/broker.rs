@@ -318,6 +318,15 @@ pub trait Rollouts: Partitions {
     /// Writes the roll-out of a plugin, or removes it. Returns the revision of the write.
     async fn set_rollout(&self, plugin: &Name, rollout: Option<&Rollout>) -> Result<u64>;
 
+    /// As [`Rollouts::set_rollout`], if the present roll-out is still `before`: another node may
+    /// have changed or ended it since it was read. `None`: it is another one, and nothing is written.
+    async fn replace_rollout(
+        &self,
+        plugin: &Name,
+        before: &Rollout,
+        rollout: Option<&Rollout>,
+    ) -> Result<Option<u64>>;
+
     /// Publishes the report of a node, JSON of at most [`MAX_REPORT_BYTES`], for [`REPORTED_FOR`].
     /// Returns whether the node is registered ([`Operations::register_node`]), and so among those
     /// that [`Rollouts::node_reports`] lists.

@@ -30,6 +30,8 @@ use crate::plugin::shadow::groups::{DifferenceGroup, Groups};
 use crate::shutdown::Shutdown;
 use crate::telemetry::readiness::Readiness;
 
+/// The attempts to change a roll-out that others change meanwhile.
+const REPLACE_ATTEMPTS: usize = 5;
 /// The interval between two looks at the wanted versions.
 const SYNC_EVERY: Duration = Duration::from_secs(1);
 /// How long a command waits for the other nodes: longer than a node that has stopped is listed
@@ -250,10 +252,11 @@ impl Fleet {
         for (plugin, to, reason) in self.registry.failed_rollouts() {
             // By now the operator may have written another one.
             let is_it = |rollout: &Rollout| hashes(&rollout.to) == to;
-            if wanted.rollouts.get(&plugin).is_some_and(is_it)
+            if let Some(rollout) = wanted.rollouts.get(&plugin).filter(|found| is_it(found))
                 && let Ok(name) = Name::parse(&plugin)
+                && let Some(revision) = self.broker.replace_rollout(&name, rollout, None).await?
             {
-                wanted.revision = self.broker.set_rollout(&name, None).await?;
+                wanted.revision = revision;
                 wanted.rollouts.remove(&plugin);
                 tracing::error!(
                     plugin.name = plugin,
@@ -301,7 +304,8 @@ impl Fleet {
             percent,
             at_ms: self.broker.now_ms(),
         };
-        self.write(plugin, rollout).await
+        let revision = self.broker.set_rollout(plugin, Some(&rollout)).await?;
+        Ok(self.written(plugin, rollout, revision).await)
     }
 
     /// Changes the share of a roll-out, as [`Fleet::begin`]. `None`: there is none.
@@ -309,21 +313,32 @@ impl Fleet {
     /// # Errors
     /// As for [`Fleet::begin`].
     pub async fn set_share(&self, plugin: &Name, percent: u32) -> Result<Option<RolloutReport>> {
-        let Some((rollout, _)) = self.read(plugin).await? else {
-            return Ok(None);
-        };
-        let rollout = Rollout {
-            percent,
-            at_ms: self.broker.now_ms(),
-            ..rollout
-        };
-        self.write(plugin, rollout).await.map(Some)
+        // Another command may have ended it since it was read, which a change of the share must not
+        // undo.
+        for _ in 0..REPLACE_ATTEMPTS {
+            let Some((before, _)) = self.read(plugin).await? else {
+                return Ok(None);
+            };
+            let rollout = Rollout {
+                percent,
+                at_ms: self.broker.now_ms(),
+                ..before.clone()
+            };
+            let replaced = self.broker.replace_rollout(plugin, &before, Some(&rollout));
+            if let Some(revision) = replaced.await? {
+                return Ok(Some(self.written(plugin, rollout, revision).await));
+            }
+        }
+        Err(Error::Unavailable(
+            "other commands change this roll-out at the same time, or another version of Pointsman wrote it; repeat the command, or roll back and begin again"
+                .to_owned(),
+        ))
     }
 
-    async fn write(&self, plugin: &Name, rollout: Rollout) -> Result<RolloutReport> {
-        let revision = self.broker.set_rollout(plugin, Some(&rollout)).await?;
+    /// The report on a roll-out that was just written.
+    async fn written(&self, plugin: &Name, rollout: Rollout, revision: u64) -> RolloutReport {
         let nodes = self.await_nodes(plugin, revision).await;
-        Ok(self.report(plugin, rollout, revision, nodes))
+        self.report(plugin, rollout, revision, nodes)
     }
 
     /// Removes a roll-out: every node decides by its own version again. `None`: there is none.
@@ -340,7 +355,11 @@ impl Fleet {
         match self.await_nodes(plugin, revision).await {
             Ok(reports) => {
                 for NodeStatus { node, report } in reports {
-                    let has_followed = report.is_some_and(|report| report.revision >= revision);
+                    // A roll-out that began meanwhile is not followed away.
+                    let has_followed = report.is_some_and(|report| {
+                        report.revision >= revision
+                            && !report.rollouts.contains_key(plugin.as_str())
+                    });
                     if has_followed {
                         rollback.nodes.push(node);
                     } else {
@@ -436,9 +455,10 @@ impl Fleet {
                         reason: "it still follows an earlier change".to_owned(),
                         ..state
                     },
-                    None if report.revision >= revision => {
-                        part(RolloutStatus::Missing, "the plugin is not active")
-                    }
+                    None if report.revision >= revision => part(
+                        RolloutStatus::Missing,
+                        "the plugin is not active, or the roll-out was ended meanwhile",
+                    ),
                     None => part(RolloutStatus::Pending, "it has not seen the roll-out yet"),
                 },
             };

@@ -53,6 +53,31 @@ pub(super) async fn a_rollout_is_the_last_one_written_on_every_node(bench: Bench
     assert!(none.rollouts.is_empty(), "{none:?}");
 }
 
+/// A change of the share must not bring back a roll-out that was ended since it was read.
+pub(super) async fn a_rollout_is_replaced_only_while_it_is_the_one_that_was_read(bench: Bench) {
+    let (one, two) = (bench.open().await, bench.open().await);
+    let plugin = name("rules");
+    let (read, wider, other) = (rollout(5), rollout(50), rollout(7));
+    let replace = async |before: &Rollout, rollout: Option<&Rollout>| {
+        let replaced = one.broker.replace_rollout(&plugin, before, rollout);
+        replaced.await.expect("an answer")
+    };
+    let present = async || {
+        let wanted = two.broker.rollouts(std::slice::from_ref(&plugin)).await;
+        wanted.expect("roll-outs").rollouts.remove("rules")
+    };
+    two.broker.set_rollout(&plugin, Some(&read)).await.unwrap();
+    let revision = replace(&read, Some(&wider)).await;
+    assert!(revision.is_some());
+    assert_eq!(present().await.as_ref(), Some(&wider));
+    two.broker.set_rollout(&plugin, Some(&other)).await.unwrap();
+    assert_eq!(replace(&wider, None).await, None);
+    assert_eq!(present().await.as_ref(), Some(&other));
+    two.broker.set_rollout(&plugin, None).await.unwrap();
+    assert_eq!(replace(&other, Some(&wider)).await, None);
+    assert_eq!(present().await, None);
+}
+
 pub(super) async fn a_node_reads_the_last_report_of_every_node(bench: Bench) {
     let (one, two) = (bench.open().await, bench.open().await);
     let report = |node: &'static str, report: &'static str| {

@@ -445,6 +445,15 @@ impl Rollouts for Puppet {
         self.broker.set_rollout(plugin, rollout).await
     }
 
+    async fn replace_rollout(
+        &self,
+        plugin: &Name,
+        before: &Rollout,
+        rollout: Option<&Rollout>,
+    ) -> Result<Option<u64>> {
+        self.broker.replace_rollout(plugin, before, rollout).await
+    }
+
     async fn report_node(&self, node: &str, report: Bytes) -> Result<bool> {
         self.broker.report_node(node, report).await
     }

@@ -676,6 +676,21 @@ impl Rollouts for Embedded {
             .await
     }
 
+    async fn replace_rollout(
+        &self,
+        plugin: &Name,
+        before: &Rollout,
+        rollout: Option<&Rollout>,
+    ) -> Result<Option<u64>> {
+        let (plugin, before, now_ms) = (plugin.clone(), before.clone(), self.now_ms());
+        let rollout = rollout.cloned();
+        self.writer
+            .write(0, move |work| {
+                work.replace_rollout(&plugin, &before, rollout.as_ref(), now_ms)
+            })
+            .await
+    }
+
     async fn report_node(&self, node: &str, report: Bytes) -> Result<bool> {
         let node = node.to_owned();
         let report = StoredReport {

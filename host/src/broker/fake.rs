@@ -299,6 +299,15 @@ impl Rollouts for FakeBroker {
         unused()
     }
 
+    async fn replace_rollout(
+        &self,
+        _: &Name,
+        _: &Rollout,
+        _: Option<&Rollout>,
+    ) -> Result<Option<u64>> {
+        unused()
+    }
+
     async fn report_node(&self, _: &str, _: Bytes) -> Result<bool> {
         Ok(true)
     }

@@ -843,7 +843,17 @@ impl Rollouts for Redis {
     }
 
     async fn set_rollout(&self, plugin: &Name, rollout: Option<&Rollout>) -> Result<u64> {
-        rollouts::write(self, plugin, rollout).await
+        let written = rollouts::write(self, plugin, None, rollout).await?;
+        written.ok_or_else(|| Error::Permanent("the roll-out was not written".to_owned()))
+    }
+
+    async fn replace_rollout(
+        &self,
+        plugin: &Name,
+        before: &Rollout,
+        rollout: Option<&Rollout>,
+    ) -> Result<Option<u64>> {
+        rollouts::write(self, plugin, Some(before), rollout).await
     }
 
     async fn report_node(&self, node: &str, report: Bytes) -> Result<bool> {

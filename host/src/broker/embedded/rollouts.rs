@@ -58,6 +58,24 @@ impl Work<'_> {
         table.insert(REVISION, &revision.to_be_bytes()[..])?;
         Ok(revision)
     }
+
+    /// See [`crate::broker::Rollouts::replace_rollout`].
+    pub(super) fn replace_rollout(
+        &mut self,
+        plugin: &Name,
+        before: &Rollout,
+        rollout: Option<&Rollout>,
+        now_ms: u64,
+    ) -> Result<Option<u64>, Failure> {
+        let before = serde_json::to_vec(before).expect("texts and numbers are JSON");
+        let present = self.tables.rollouts.get(plugin.as_str())?;
+        let is_present = present.is_some_and(|row| row.value() == before);
+        if is_present {
+            self.set_rollout(plugin, rollout, now_ms).map(Some)
+        } else {
+            Ok(None)
+        }
+    }
 }
 
 fn number(row: &[u8]) -> u64 {

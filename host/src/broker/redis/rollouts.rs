@@ -42,15 +42,22 @@ pub(super) async fn read(redis: &Redis, plugins: &[Name]) -> Result<WantedVersio
     Ok(wanted)
 }
 
-/// See [`crate::broker::Rollouts::set_rollout`].
-pub(super) async fn write(redis: &Redis, plugin: &Name, rollout: Option<&Rollout>) -> Result<u64> {
-    let json = rollout.map(|rollout| serde_json::to_vec(rollout).expect("texts and numbers"));
+/// See [`crate::broker::Rollouts::replace_rollout`]. `before`: `None` for any.
+pub(super) async fn write(
+    redis: &Redis,
+    plugin: &Name,
+    before: Option<&Rollout>,
+    rollout: Option<&Rollout>,
+) -> Result<Option<u64>> {
+    let json = |rollout: &Rollout| serde_json::to_vec(rollout).expect("texts and numbers");
+    let (before, rollout) = (before.map(json), rollout.map(json));
     let call = redis.connection.eval(&scripts::SET_ROLLOUT, |command| {
         command
             .arg(1)
             .arg(redis.prefix.rollouts())
             .arg(plugin.as_str())
-            .arg(json.as_deref().unwrap_or_default());
+            .arg(rollout.as_deref().unwrap_or_default())
+            .arg(before.as_deref().unwrap_or_default());
     });
     call.await
 }

@@ -14,4 +14,8 @@ end
 -- No plugin has the empty name.
 local is_short = redis.call('HSTRLEN', KEYS[1], '') <= 16
 local revision = is_short and string.match(redis.call('HGET', KEYS[1], '') or '', '^%d+$')
-return {tonumber(revision or 0), found}
+revision = tonumber(revision or 0)
+-- As set_rollout.lua: otherwise nodes would report that they have followed all later writes.
+local clock = redis.call('TIME')
+if revision >= clock[1] * 1000 + 3600000 then revision = 0 end
+return {revision, found}
