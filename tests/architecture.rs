@@ -23,6 +23,7 @@ const LEVELS: &[(&str, &[&[&str]])] = &[
                 "duration",
                 "event",
                 "rate",
+                "regular_file",
                 "shutdown",
                 "table",
                 "telemetry",

@@ -28,6 +28,7 @@ use sha2::{Digest, Sha256};
 use crate::delivery::recipients::Reader;
 use crate::delivery::sse::{FramingChoice, TokenExpiry};
 use crate::event::Name;
+use crate::regular_file;
 use crate::shutdown::Shutdown;
 use crate::telemetry::readiness::Readiness;
 
@@ -544,7 +545,7 @@ fn read_keys(path: &Path) -> Result<Vec<Arc<VerificationKey>>, String> {
 }
 
 fn read_text(path: &Path) -> Result<String, String> {
-    std::fs::read_to_string(path).map_err(|e| {
+    regular_file::read_text(path).map_err(|e| {
         format!(
             "{} cannot be read: {e}; use a file that this process can read",
             path.display()

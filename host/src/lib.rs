@@ -37,6 +37,7 @@ pub mod node;
 pub mod plugin;
 pub mod preview;
 pub mod rate;
+mod regular_file;
 pub mod rollout;
 pub mod server;
 pub mod shutdown;

@@ -21,6 +21,7 @@ use ring::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as 
 use serde_json::{Value, json};
 
 use super::authorization::{in_s, signed, signed_with};
+use crate::harness::command::output_of;
 use crate::harness::node::{Folder, Node, SOON};
 use crate::harness::publish::event;
 use crate::harness::sse::{Frame, OpenError, Request, Stream};
@@ -380,6 +381,63 @@ fn the_classic_attacks_on_tokens_are_refused() {
     let distant = by_openssl(folder, "RS256", &json!({ "alg": "RS256" }), &distant);
     assert_refused(&node, &distant, "a token for more than ten years");
     assert!(open(&node, &honest, "").is_ok());
+}
+
+/// A pipe that no program writes to, and a file larger than the memory.
+#[test]
+fn files_that_cannot_be_read_to_an_end_stop_nothing() {
+    let folder = Folder::new();
+    let key_file = folder.path().join("api-key");
+    fs::write(&key_file, "the first key of publishers").expect("write");
+    let config = format!(
+        "[auth]\njwt_secret = \"{SECRET}\"\napi_key_file = \"{}\"\n{LEAN}",
+        key_file.display()
+    );
+    let node = Node::builder().production().config(&config).start();
+    let publishes = |key: &str| {
+        let bearer = format!("Bearer {key}");
+        let headers = [
+            ("authorization", bearer.as_str()),
+            ("content-type", "application/cloudevents+json"),
+        ];
+        let body = event("a", "t", json!({ "user": "ann" })).to_string();
+        node.send("POST", "/v1/events", &headers, body.as_bytes())
+            .status
+    };
+    let pipe_at = |path: &Path| {
+        fs::remove_file(path).expect("remove it");
+        output_of(Command::new("mkfifo").arg(path));
+    };
+    let config_file = node.folder().join("pointsman.toml");
+    pipe_at(&key_file);
+    eventually(SOON, "readiness names the pipe", || {
+        let warnings = warnings(&node);
+        (warnings.contains("auth.api_key_file") && warnings.contains("not a regular file"))
+            .then_some(())
+    });
+    pipe_at(&config_file);
+    eventually(SOON, "readiness names the configuration", || {
+        warnings(&node).contains("pointsman.toml").then_some(())
+    });
+    assert_eq!(publishes("the first key of publishers"), 202);
+
+    fs::remove_file(&key_file).expect("remove the pipe");
+    let endless = fs::File::create(&key_file).expect("create");
+    endless.set_len(1 << 40).expect("a sparse file");
+    eventually(SOON, "readiness names the size", || {
+        warnings(&node)
+            .contains("more than 1048576 bytes")
+            .then_some(())
+    });
+    fs::write(&key_file, "the second key of publishers").expect("write");
+    eventually(SOON, "the new API key is in effect", || {
+        (publishes("the second key of publishers") == 202).then_some(())
+    });
+    fs::remove_file(&config_file).expect("remove the pipe");
+    fs::write(&config_file, &config).expect("write");
+    eventually(SOON, "nothing is left to warn of", || {
+        (!warnings(&node).contains("pointsman.toml")).then_some(())
+    });
 }
 
 #[test]

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
 use super::{DEFAULT_FILE, Error, OPTIONS, RawConfig};
+use crate::regular_file;
 
 /// The keys that choose the broker. A layer that sets one replaces the choice of the layers below.
 const BROKER_KEYS: [&str; 3] = ["broker.redis", "broker.data", "broker.ephemeral"];
@@ -32,8 +33,8 @@ impl Layers {
     /// The file cannot be read, or has an unknown key or an invalid value.
     pub fn file(path: Option<&Path>) -> Result<Self, Error> {
         let (path, text) = match path {
-            Some(path) => (path, std::fs::read_to_string(path)),
-            None => match std::fs::read_to_string(DEFAULT_FILE) {
+            Some(path) => (path, regular_file::read_text(path)),
+            None => match regular_file::read_text(Path::new(DEFAULT_FILE)) {
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
                 text => (Path::new(DEFAULT_FILE), text),
             },

@@ -132,9 +132,16 @@ async fn apply(
     readiness: &Readiness,
 ) {
     // Checked as a whole, as at the start: a partly invalid file must not take effect in part.
-    let loaded = source
-        .load()
-        .and_then(|config| Ok((config, source.layers()?.raw()?)));
+    let source = source.clone();
+    // On the blocking pool: a file of a network may take for ever.
+    let load = tokio::task::spawn_blocking(move || {
+        let config = source.load()?;
+        Ok((config, source.layers()?.raw()?))
+    });
+    let loaded = load.await.unwrap_or_else(|panic| {
+        let text = format!("reading it failed: {panic}");
+        Err(Error::new("configuration", text))
+    });
     let (config, raw) = match loaded {
         Ok(loaded) => loaded,
         Err(error) => {

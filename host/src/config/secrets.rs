@@ -24,7 +24,7 @@ pub(crate) async fn follow(auth: Auth, readiness: Readiness, shutdown: Shutdown)
     for file in auth.watched_files() {
         // Read once more: the file may have changed since the start, before its first look.
         let now = stamp(&file.path);
-        apply(&auth, &file, &readiness, false);
+        apply(&auth, &file, &readiness, false).await;
         all.push(Seen {
             file,
             applied: now,
@@ -44,16 +44,22 @@ pub(crate) async fn follow(auth: Auth, readiness: Readiness, shutdown: Shutdown)
             // Unchanged in two looks, because a program may still be writing.
             if now != seen.applied && now == seen.before {
                 seen.applied = now;
-                apply(&auth, &seen.file, &readiness, true);
+                apply(&auth, &seen.file, &readiness, true).await;
             }
             seen.before = now;
         }
     }
 }
 
-fn apply(auth: &Auth, file: &WatchedFile, readiness: &Readiness, is_changed: bool) {
+async fn apply(auth: &Auth, file: &WatchedFile, readiness: &Readiness, is_changed: bool) {
     let name = format!("auth.{}", file.key);
-    match auth.reload(file) {
+    // On the blocking pool: a file of a network may take for ever.
+    let reload = {
+        let (auth, file) = (auth.clone(), file.clone());
+        tokio::task::spawn_blocking(move || auth.reload(&file))
+    };
+    let reloaded = reload.await;
+    match reloaded.unwrap_or_else(|panic| Err(format!("cannot be read: {panic}"))) {
         Ok(()) => {
             if is_changed {
                 let path = file.path.display();

@@ -1,6 +1,5 @@
 //! TLS on the listeners: the certificate and its key, read from files, and again when they change.
 
-use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -18,6 +17,7 @@ use tokio_rustls::server::TlsStream;
 
 use super::MAX_UNSENT;
 use super::connection::CountingSocket;
+use crate::regular_file;
 use crate::shutdown::Shutdown;
 use crate::telemetry::readiness::Readiness;
 
@@ -73,7 +73,7 @@ impl CertificateFiles {
 
     fn read(&self) -> Result<Pem, (&'static str, String)> {
         let read = |key, path: &PathBuf| {
-            fs::read(path).map_err(|error| {
+            regular_file::read(path).map_err(|error| {
                 let text = format!(
                     "cannot read {}: {error}; correct the path or the rights",
                     path.display()
