@@ -28,8 +28,8 @@ pub(super) struct KeyServer {
     refresh_interval: Duration,
     retry_interval: Duration,
     fetched: RwLock<Fetched>,
-    /// When the last fetch began. Locked while one is under way.
-    begun: Mutex<Option<Instant>>,
+    /// When the last fetch began, and then ended. Locked while one is under way.
+    last: Mutex<Option<Instant>>,
 }
 
 #[derive(Debug)]
@@ -69,7 +69,7 @@ impl KeyServer {
                 keys: Vec::new(),
                 fault: Some("not fetched yet".to_owned()),
             }),
-            begun: Mutex::new(None),
+            last: Mutex::new(None),
         })
     }
 
@@ -95,11 +95,13 @@ impl KeyServer {
     /// Fetches the keys, or waits for the fetch that is under way. Does nothing within
     /// `jwks_retry_interval` of the last one. If it is cancelled, the fetch continues.
     pub(super) async fn refresh(self: &Arc<Self>) {
-        let mut begun = self.begun.lock().await;
-        if begun.is_some_and(|at| at.elapsed() < self.retry_interval) {
+        let asked = Instant::now();
+        let mut last = self.last.lock().await;
+        // One that was under way meanwhile serves all that waited for it.
+        if last.is_some_and(|at| at >= asked || at.elapsed() < self.retry_interval) {
             return;
         }
-        *begun = Some(Instant::now());
+        *last = Some(Instant::now());
         let (sender, fetched) = oneshot::channel();
         let server = Arc::clone(self);
         // A thread of its own: the runtime would wait for one of its own when the node stops.
@@ -114,6 +116,7 @@ impl KeyServer {
             Ok(_) => fetched.await.unwrap_or_default(),
             Err(error) => self.store(Err(format!("no thread could be started: {error}"))),
         }
+        *last = Some(Instant::now());
     }
 
     /// Fetches the keys again and again.
