@@ -70,7 +70,8 @@ pub(super) fn put_event_name(out: &mut BytesMut, record: &Record, route: usize, 
     let name = match event {
         EventName::Route => record.route(route).event_name.as_ref().map(Name::as_str),
         EventName::Type => Some(record.notification().event.kind.as_str())
-            .filter(|kind| !RESERVED_EVENT_NAMES.contains(kind)),
+            // Some clients trim the name.
+            .filter(|kind| !RESERVED_EVENT_NAMES.contains(&kind.trim())),
     };
     if let Some(name) = name {
         out.put_slice(b"event: ");
