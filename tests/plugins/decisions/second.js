@@ -253,7 +253,7 @@ function address(event) {
   };
   const names = (attribute) => {
     const value = get(attribute);
-    const refuse = () => reject(attribute, 'use comma-separated names (a,b) or a JSON array of strings (["a","b"])');
+    const refuse = () => reject(attribute, 'use comma-separated names (a,b) or a JSON array of strings or integers (["a",42])');
     let found;
     if (typeof value === 'bigint') found = [String(value)];
     else if (typeof value !== 'string') refuse();
@@ -263,7 +263,8 @@ function address(event) {
       } catch {
         refuse();
       }
-      if (found.some((element) => typeof element !== 'string')) refuse();
+      if (found.some((element) => !['string', 'bigint'].includes(typeof element))) refuse();
+      found = found.map(String);
     } else found = value.trim() === '' ? [] : value.split(',').map((one) => one.trim());
     return found.some((one) => one.trim() === '') ? refuse() : found;
   };
