@@ -241,6 +241,14 @@ fn bad_entries() -> Vec<(Fields, &'static str)> {
             "the user contains the control character U+000A",
         ),
         (
+            document(r#"{"type":66666666666666666666666,"user":"42"}"#),
+            "type must be a string",
+        ),
+        (
+            document(r#"{"type":"t","subject":["a"],"user":"42"}"#),
+            "subject must be a string",
+        ),
+        (
             document(r#"{"type":"t","users":["42",4.5]}"#),
             "use comma-separated names",
         ),

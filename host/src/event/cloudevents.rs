@@ -215,6 +215,12 @@ impl Event {
                 "data" => &mut data,
                 "data_base64" => &mut data_base64,
                 _ => {
+                    // Of other attributes, lists and integers of many digits are kept as texts.
+                    let first = raw.get().as_bytes().first();
+                    let is_kept = matches!(first, Some(b'[' | b'-' | b'0'..=b'9'));
+                    if is_kept && CORE.contains(&name.as_str()) {
+                        return Err(Malformed::new("must be a string").of(name));
+                    }
                     if let Some(value) = attribute_value(&name, &raw)? {
                         draft.set(&name, value)?;
                     }
@@ -268,19 +274,7 @@ impl Event {
     /// value contains a control character or is too long, or if the event would have too many
     /// attributes. The event is unchanged then.
     pub fn set_attribute(&mut self, name: &str, value: Value) -> Result<(), Malformed> {
-        const CORE: [&str; 10] = [
-            "id",
-            "source",
-            "type",
-            "subject",
-            "time",
-            "specversion",
-            "datacontenttype",
-            "dataschema",
-            "data",
-            "data_base64",
-        ];
-        if CORE.contains(&name) {
+        if CORE.contains(&name) || ["data", "data_base64"].contains(&name) {
             return Err(
                 Malformed::new("is not an extension attribute and cannot be changed").of(name),
             );
@@ -293,6 +287,18 @@ impl Event {
         self.attributes.get(name)
     }
 }
+
+/// The attributes that CloudEvents defines, all of them strings. Others are extension attributes.
+const CORE: [&str; 8] = [
+    "id",
+    "source",
+    "type",
+    "subject",
+    "time",
+    "specversion",
+    "datacontenttype",
+    "dataschema",
+];
 
 /// Attributes collected in any order and validated at the end.
 #[derive(Default)]
