@@ -27,6 +27,7 @@ pub(crate) use decision::HOST_PANICKED;
 pub use decision::{ChainMember, ChainMembers, DeadReason, Decision, Retry, Verdict, VerdictKind};
 pub use plan::{
     Notification, Outcome, Plan, Priority, RESERVED_EVENT_NAMES, Route, StateKey, Target,
+    is_reserved_event_name,
 };
 pub use recipient::{Recipient, Span};
 

@@ -31,6 +31,7 @@ mod framing;
 mod timer;
 
 pub use data::data_of;
+use framing::put_data;
 pub use framing::{EventName, Format, Framing, FramingChoice};
 pub use timer::{StreamPermit, StreamTimer, TooManyStreams};
 
@@ -480,55 +481,6 @@ fn put_target(out: &mut BytesMut, target: &Target) {
         let written = out.split_off(from);
         put_data(out, &written);
     }
-}
-
-/// A character besides line feed and carriage return that ends a line for some readers, such as
-/// `str.splitlines` of Python: U+0085, U+2028 or U+2029. The others of that kind are control
-/// characters, which JSON escapes anyway.
-struct Separator {
-    at: usize,
-    n_bytes: usize,
-    /// Its escape in JSON.
-    escape: &'static [u8],
-}
-
-/// The first separator in a text.
-fn next_separator(text: &[u8]) -> Option<Separator> {
-    // The first bytes of the three. They also begin other characters, which are rare in most texts.
-    memchr::memchr2_iter(0xc2, 0xe2, text).find_map(|at| {
-        let (n_bytes, escape): (_, &[u8]) = match text[at..] {
-            [0xc2, 0x85, ..] => (2, br"\u0085"),
-            [0xe2, 0x80, 0xa8, ..] => (3, br"\u2028"),
-            [0xe2, 0x80, 0xa9, ..] => (3, br"\u2029"),
-            _ => return None,
-        };
-        Some(Separator {
-            at,
-            n_bytes,
-            escape,
-        })
-    })
-}
-
-/// Appends part of a `data:` field: JSON, in which separators can only be within strings, so that
-/// their escapes mean the same. JSON written by the node has no line ends; a payload passed through
-/// unchanged could contain one only if an earlier check failed.
-fn put_data(out: &mut BytesMut, mut json: &[u8]) {
-    while let Some(separator) = next_separator(json) {
-        put_lines(out, &json[..separator.at]);
-        out.put_slice(separator.escape);
-        json = &json[separator.at + separator.n_bytes..];
-    }
-    put_lines(out, json);
-}
-
-fn put_lines(out: &mut BytesMut, mut text: &[u8]) {
-    while let Some(at) = memchr::memchr2(b'\n', b'\r', text) {
-        out.put_slice(&text[..at]);
-        out.put_slice(b"\ndata: ");
-        text = &text[at + 1..];
-    }
-    out.put_slice(text);
 }
 
 /// Renders `data:` of a notification, with the blank line that ends it.

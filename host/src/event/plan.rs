@@ -21,6 +21,11 @@ pub const RESERVED_EVENT_NAMES: [&str; 8] = [
     "heartbeat",
 ];
 
+/// Whether this is a reserved event name, also with spaces around it: some clients trim the name.
+pub fn is_reserved_event_name(name: &str) -> bool {
+    RESERVED_EVENT_NAMES.contains(&name.trim())
+}
+
 /// The urgency of a notification. One of a higher priority may be sent ahead of lower ones.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,

@@ -18,6 +18,7 @@
 
 mod when;
 
+use pointsman_plugin::is_reserved_event_name;
 use pointsman_plugin::{
     Event, Failure, Interest, Issue, NoConfig, Plugin, Priority, Route, Router, Target, Ttl, Value,
     export,
@@ -152,21 +153,9 @@ fn names(attribute: &str, value: &Value) -> Result<Vec<String>, Failure> {
     }
 }
 
-/// Event names that have a meaning for the host or for `EventSource` itself; the host refuses them.
-const RESERVED_EVENT_NAMES: [&str; 8] = [
-    "cursor",
-    "gap",
-    "reauth",
-    "close",
-    "open",
-    "error",
-    "message",
-    "heartbeat",
-];
-
 fn event_name(value: &Value) -> Result<String, Failure> {
     let name = name("event_name", value)?;
-    if RESERVED_EVENT_NAMES.contains(&name.as_str()) {
+    if is_reserved_event_name(&name) {
         return Err(rejected(
             "event_name",
             value,

@@ -11,7 +11,7 @@ const FIX: &str = r#"use a JSON object such as {"plan":"pro"}, {"plan":["pro","t
 const MAX_TESTS: usize = 256;
 
 /// Returns the alternatives, of which each is a list of tests that must all hold. An object without
-/// tests is no condition.
+/// tests adds none.
 pub(crate) fn parse(value: &Value) -> Result<Vec<Vec<Test>>, Failure> {
     let refused = || rejected("when", value, FIX);
     let Value::Text(text) = value else {

@@ -7,7 +7,9 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use pointsman_plugin::{Event, OneOrMore, Selector, Target, Value};
+use pointsman_plugin::{
+    Event, OneOrMore, RESERVED_EVENT_NAMES, Selector, Target, Value, is_reserved_event_name,
+};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::Error;
 use serde::{Deserialize, Deserializer};
@@ -16,18 +18,6 @@ use crate::template::{Part, Template, found};
 
 /// The longest name that the host accepts, in bytes.
 const MAX_NAME: usize = 256;
-
-/// Event names that have a meaning for the host or for `EventSource` itself; the host refuses them.
-const RESERVED_EVENT_NAMES: [&str; 8] = [
-    "cursor",
-    "gap",
-    "reauth",
-    "close",
-    "open",
-    "error",
-    "message",
-    "heartbeat",
-];
 
 /// The targets; all keys may be combined.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
@@ -264,7 +254,7 @@ impl<'de> Deserialize<'de> for EventName {
                 "{e}; use 1 to {MAX_NAME} bytes without control characters"
             ))
         })?;
-        if RESERVED_EVENT_NAMES.contains(&name.as_str()) {
+        if is_reserved_event_name(&name) {
             return Err(D::Error::custom(format!(
                 "'{name}' is reserved; use a name other than {}",
                 RESERVED_EVENT_NAMES.join(", ")

@@ -79,7 +79,10 @@ pub use condition::{Condition, Regex, Wanted};
 pub use event::Event;
 pub use failure::Failure;
 pub use one_or_more::OneOrMore;
-pub use plugin::{Amendment, Filter, Interest, NoConfig, Plugin, Route, Router, Verdict};
+pub use plugin::{
+    Amendment, Filter, Interest, NoConfig, Plugin, RESERVED_EVENT_NAMES, Route, Router, Verdict,
+    is_reserved_event_name,
+};
 pub use selector::{AttributeName, Pointer, Selector};
 pub use value::Ttl;
 

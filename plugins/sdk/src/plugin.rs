@@ -119,6 +119,24 @@ impl Interest {
     }
 }
 
+/// Event names with a meaning in Pointsman or `EventSource`. The host refuses a route that has one.
+pub const RESERVED_EVENT_NAMES: [&str; 8] = [
+    "cursor",
+    "gap",
+    "reauth",
+    "close",
+    "open",
+    "error",
+    "message",
+    "heartbeat",
+];
+
+/// Whether the host refuses a route with this event name: one of [`RESERVED_EVENT_NAMES`], also with
+/// spaces around it.
+pub fn is_reserved_event_name(name: &str) -> bool {
+    RESERVED_EVENT_NAMES.contains(&name.trim())
+}
+
 impl Route {
     /// A route to these targets with the event's own priority and data, and without an event name,
     /// a condition or a time to live.
@@ -177,7 +195,7 @@ impl Route {
         self
     }
 
-    /// Sets the SSE `event:` name.
+    /// Sets the SSE `event:` name; not one of [`RESERVED_EVENT_NAMES`].
     #[must_use]
     pub fn event_name(mut self, name: impl Into<String>) -> Self {
         self.event_name = Some(name.into());

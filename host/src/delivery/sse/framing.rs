@@ -6,7 +6,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
 use crate::delivery::subscription::Record;
-use crate::event::{Name, Payload, RESERVED_EVENT_NAMES};
+use crate::event::{Name, Payload, is_reserved_event_name};
 
 /// The content of `data:`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,8 +70,7 @@ pub(super) fn put_event_name(out: &mut BytesMut, record: &Record, route: usize, 
     let name = match event {
         EventName::Route => record.route(route).event_name.as_ref().map(Name::as_str),
         EventName::Type => Some(record.notification().event.kind.as_str())
-            // Some clients trim the name.
-            .filter(|kind| !RESERVED_EVENT_NAMES.contains(&kind.trim())),
+            .filter(|kind| !is_reserved_event_name(kind)),
     };
     if let Some(name) = name {
         out.put_slice(b"event: ");
@@ -107,15 +106,57 @@ fn put_json(out: &mut BytesMut, json: &str) {
         return put_text(out, &text);
     }
     out.put_slice(b"data: ");
-    // JSON on one line has these line ends inside strings only, where an escape means the same.
-    for c in json.chars() {
-        if ends_line(c) {
-            out.put_slice(format!("\\u{:04x}", u32::from(c)).as_bytes());
-        } else {
-            out.put_slice(c.encode_utf8(&mut [0; 4]).as_bytes());
-        }
-    }
+    put_data(out, json.as_bytes());
     out.put_slice(b"\n");
+}
+
+/// A character besides line feed and carriage return that ends a line for some readers, such as
+/// `str.splitlines` of Python: U+0085, U+2028 or U+2029. The others of that kind are control
+/// characters, which JSON escapes anyway.
+struct Separator {
+    at: usize,
+    n_bytes: usize,
+    /// Its escape in JSON.
+    escape: &'static [u8],
+}
+
+/// The first separator in a text.
+fn next_separator(text: &[u8]) -> Option<Separator> {
+    // The first bytes of the three. They also begin other characters, which are rare in most texts.
+    memchr::memchr2_iter(0xc2, 0xe2, text).find_map(|at| {
+        let (n_bytes, escape): (_, &[u8]) = match text[at..] {
+            [0xc2, 0x85, ..] => (2, br"\u0085"),
+            [0xe2, 0x80, 0xa8, ..] => (3, br"\u2028"),
+            [0xe2, 0x80, 0xa9, ..] => (3, br"\u2029"),
+            _ => return None,
+        };
+        Some(Separator {
+            at,
+            n_bytes,
+            escape,
+        })
+    })
+}
+
+/// Appends part of a `data:` field: JSON, in which separators can only be within strings, so that
+/// their escapes mean the same. JSON written by the node has no line ends; a payload passed through
+/// unchanged could contain one only if an earlier check failed.
+pub(super) fn put_data(out: &mut BytesMut, mut json: &[u8]) {
+    while let Some(separator) = next_separator(json) {
+        put_lines(out, &json[..separator.at]);
+        out.put_slice(separator.escape);
+        json = &json[separator.at + separator.n_bytes..];
+    }
+    put_lines(out, json);
+}
+
+fn put_lines(out: &mut BytesMut, mut text: &[u8]) {
+    while let Some(at) = memchr::memchr2(b'\n', b'\r', text) {
+        out.put_slice(&text[..at]);
+        out.put_slice(b"\ndata: ");
+        text = &text[at + 1..];
+    }
+    out.put_slice(text);
 }
 
 fn put_text(out: &mut BytesMut, text: &str) {

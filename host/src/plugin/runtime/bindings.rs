@@ -17,7 +17,8 @@ use super::selection::{Document, Selection};
 use super::store::HostState;
 use crate::event::criteria::{Criteria, Operator, Test};
 use crate::event::{
-    Event, Name, Payload, Plan, Priority, RESERVED_EVENT_NAMES, Route, Target, Value, json_line,
+    Event, Name, Payload, Plan, Priority, RESERVED_EVENT_NAMES, Route, Target, Value,
+    is_reserved_event_name, json_line,
 };
 
 wasmtime::component::bindgen!({
@@ -355,7 +356,7 @@ fn convert(
         .transpose()?;
     if let Some(reserved) = event_name
         .as_ref()
-        .filter(|name| RESERVED_EVENT_NAMES.contains(&name.as_str()))
+        .filter(|name| is_reserved_event_name(name.as_str()))
     {
         return Err(format!(
             "the event name '{reserved}' is reserved; reserved names are {}",
