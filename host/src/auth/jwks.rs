@@ -221,3 +221,59 @@ fn authorities(path: &Path) -> Result<Vec<Certificate<'static>>, String> {
     }
     Ok(certificates)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::TcpListener;
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// An interval shorter than a fetch must not let each request make one of its own.
+    #[tokio::test]
+    async fn requests_that_wait_for_a_fetch_share_it() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/keys", listener.local_addr().unwrap());
+        let (allow, allowed) = mpsc::channel();
+        let fetches = std::thread::spawn(move || {
+            let mut n = 0;
+            while let Ok((mut socket, _)) = listener.accept() {
+                if n == 0 {
+                    allowed.recv().unwrap();
+                }
+                let mut head = [0; 4096];
+                if socket.read(&mut head).unwrap_or_default() == 0 {
+                    return n;
+                }
+                n += 1;
+                let answer =
+                    b"HTTP/1.1 200 OK\r\nContent-Length: 11\r\nConnection: close\r\n\r\n{\"keys\":[]}";
+                socket.write_all(answer).unwrap();
+            }
+            n
+        });
+        let config = Config {
+            jwks_retry_interval: Duration::from_nanos(1),
+            ..Config::default()
+        };
+        let server = Arc::new(KeyServer::new(&url, &config).expect("a server"));
+        let waiting: Vec<_> = (0..5)
+            .map(|_| {
+                let server = Arc::clone(&server);
+                tokio::spawn(async move { server.refresh().await })
+            })
+            .collect();
+        // All have asked, and all but one wait.
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        allow.send(()).unwrap();
+        for request in waiting {
+            request.await.unwrap();
+        }
+        let address = url.trim_start_matches("http://").trim_end_matches("/keys");
+        drop(std::net::TcpStream::connect(address));
+        assert_eq!(fetches.join().unwrap(), 1);
+    }
+}
