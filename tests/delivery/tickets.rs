@@ -55,7 +55,7 @@ fn a_ticket_opens_one_stream_of_its_user_on_any_node() {
     let (one, two) = (node(&server), node(&server));
     let ann = token(&json!({ "sub": "ann", "exp": in_s(3_600), "groups": ["ops"] }));
     let first = ticket(&one, &ann);
-    // What lies in Redis opens nothing.
+    // The value in Redis opens nothing.
     let stored: Vec<String> = server.command("KEYS pointsman:ticket:*");
     let [key] = stored.as_slice() else {
         panic!("one ticket: {stored:?}")

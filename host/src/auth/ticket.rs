@@ -2,7 +2,7 @@
 //! header nor a cookie when it opens a stream.
 //!
 //! The broker holds the credentials under a hash of the ticket and encrypted with the ticket, so that
-//! a reader of Redis can use neither. Whoever redeems a ticket is checked as with the credentials
+//! a reader of Redis can use neither. A request with a ticket is checked as one with the credentials
 //! themselves.
 
 use base64::Engine as _;
@@ -15,7 +15,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::event::Name;
 
-/// What a request shows to be identified, as far as it does not expire with the request.
+/// The credentials of a request that outlast it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Credentials {

@@ -1,4 +1,4 @@
-//! What ingest proposes to the broker about an entry: the records of a plan, whole or in slices, a
+//! The proposals of ingest to the broker about an entry: the records of a plan, whole or in slices, a
 //! dead letter, and the decision that is kept with each.
 //!
 //! Decides nothing about the event and knows neither position nor lease: `pipeline` decides, `worker`
